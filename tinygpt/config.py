@@ -99,7 +99,9 @@ class TrainConfig:
     max_iters: int = _setting("training steps", default=2000)
     batch_size: int = _setting("rows per step, each of block_size tokens", default=12)
     learning_rate: float = _setting("peak learning rate of AdamW", default=1e-3)
-    min_lr: float = _setting("learning rate at the end of the decay", default=1e-4)
+    min_lr: float | None = _setting(
+        "learning rate at the end of the decay (default: a tenth of learning_rate)", default=None
+    )
     warmup_iters: int = _setting(
         "steps over which the learning rate rises from 0 to its peak", default=100
     )
@@ -126,12 +128,20 @@ class TrainConfig:
         _check_whole(self, 0, "warmup_iters", "seed")
         if self.lr_decay_iters is not None:
             _check_whole(self, 1, "lr_decay_iters")
-        for name in ("learning_rate", "min_lr", "weight_decay", "grad_clip"):
+        for name in ("learning_rate", "final_lr", "weight_decay", "grad_clip"):
             value = getattr(self, name)
             _check(0 <= value < math.inf, f"{name} is {value}; it must be 0 or more, and finite")
+        _check(
+            self.final_lr <= self.learning_rate,
+            f"min_lr {self.final_lr} is above learning_rate {self.learning_rate}; it must not be",
+        )
         for name in ("beta1", "beta2"):
             value = getattr(self, name)
             _check(0 <= value < 1, f"{name} is {value}; it must be at least 0 and below 1")
+
+    @property
+    def final_lr(self) -> float:
+        return self.learning_rate / 10 if self.min_lr is None else self.min_lr
 
     @property
     def decay_iters(self) -> int:
@@ -170,7 +180,7 @@ PRESETS = {
         "GPT-2's smallest model, 124 million parameters, for a GPU",
         dict(block_size=1024, n_layer=12, n_head=12, n_embd=768, bias=True),
         TrainConfig(
-            max_iters=20000, batch_size=8, learning_rate=6e-4, min_lr=6e-5, warmup_iters=2000,
+            max_iters=20000, batch_size=8, learning_rate=6e-4, warmup_iters=2000,
             beta2=0.95, eval_interval=1000,
         ),
     ),

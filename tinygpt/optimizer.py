@@ -21,10 +21,10 @@ def learning_rate(iteration: int, config: TrainConfig) -> float:
     if iteration < config.warmup_iters:
         return config.learning_rate * (iteration + 1) / (config.warmup_iters + 1)
     if iteration >= config.decay_iters:
-        return config.min_lr
+        return config.final_lr
     progress = (iteration - config.warmup_iters) / (config.decay_iters - config.warmup_iters)
     cosine = 0.5 * (1 + math.cos(math.pi * progress))
-    return config.min_lr + cosine * (config.learning_rate - config.min_lr)
+    return config.final_lr + cosine * (config.learning_rate - config.final_lr)
 
 
 def global_norm(gradients: list[Tensor]) -> Tensor:
