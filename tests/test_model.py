@@ -41,7 +41,7 @@ def test_logits_and_loss(any_model: LanguageModel) -> None:
 
 def test_parameter_names_are_gpt2s() -> None:
     config = GPTConfig(8, 11, n_layer=1, n_head=2, n_embd=4, bias=True, tie_weights=False)
-    names = "ln_1 attn.c_attn attn.c_proj ln_2 mlp.c_fc mlp.c_proj".split()
+    names = ["ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj"]
     expected = [f"h.0.{n}.{kind}" for n in names for kind in ("weight", "bias")]
     expected = ["wte.weight", "wpe.weight", *expected, "ln_f.weight", "ln_f.bias", "lm_head.weight"]
     shapes = {name: p.shape for name, p in GPT(config).parameters().items()}

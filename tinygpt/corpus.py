@@ -14,7 +14,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import secrets
 import sys
 import threading
 import time
@@ -33,6 +32,7 @@ from tinygrad.helpers import tqdm
 from urllib3.exceptions import HTTPError, MaxRetryError
 
 from tinygpt.config import InputError
+from tinygpt.files import replacing
 
 
 @dataclass(frozen=True)
@@ -308,18 +308,10 @@ def _read(path: Path) -> bytes | None:
 
 
 def _store(path: Path, data: bytes) -> None:
-    """Write a file that is there as a whole or not at all, whoever else writes it too."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with temporary.open("xb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with replacing(path) as temporary:
+            temporary.write_bytes(data)
     except OSError as error:
         raise InputError(
             f"cannot write {path}: {_reason(error)}; TINYGPT_DATA can name another folder"

@@ -65,23 +65,32 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m tinygpt.generate",
         description="Writes text with a trained model, token by token.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--run", type=Path, help="folder of the run (default: the newest in runs/)")
     prompt = parser.add_mutually_exclusive_group()
     prompt.add_argument("--prompt", default="", help="text to go on from")
     prompt.add_argument("--prompt-file", help="file with that text; - is standard input")
-    parser.add_argument("--max-new-tokens", type=int, default=500, help="length of a sample")
-    parser.add_argument("--num-samples", type=int, default=1, help="how many, one after the other")
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=500, help="length of a sample (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--num-samples",
+        type=int,
+        default=1,
+        help="how many, one after the other (default: %(default)s)",
+    )
     parser.add_argument(
         "--temperature", type=float, default=0.8,
-        help="0 takes the likeliest token, 1 draws as the model predicts, more is wilder",
+        help="0 takes the likeliest token, 1 draws as the model predicts, more is wilder "
+        "(default: %(default)s)",
     )  # fmt: skip
     parser.add_argument("--top-k", type=int, help="draw from the k likeliest tokens only")
     parser.add_argument(
         "--top-p", type=float, help="draw from the likeliest tokens that hold this probability"
     )
-    parser.add_argument("--seed", type=int, default=1337, help="same seed, same text")
+    parser.add_argument(
+        "--seed", type=int, default=1337, help="same seed, same text (default: %(default)s)"
+    )
     parser.add_argument("--device", help="CPU, METAL, CUDA, GPU (OpenCL), ... (default: $DEV)")
     return parser.parse_args(argv)
 

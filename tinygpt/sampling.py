@@ -6,8 +6,7 @@ cumulative distribution, so the same logits and the same seed give the same text
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Protocol
+from collections.abc import Callable, Iterator
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,10 +16,8 @@ from tinygpt.config import InputError
 Tokens = NDArray[np.int32]
 
 
-class Decoder(Protocol):
-    """Gives the logits (B, V) that follow the tokens (B, T), which only grow from call to call."""
-
-    def __call__(self, tokens: Tokens) -> NDArray[np.float32]: ...
+# A function from the text so far (B, T) to the logits (B, V) of the token that follows it.
+Decoder = Callable[[Tokens], NDArray[np.float32]]
 
 
 def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:

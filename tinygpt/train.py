@@ -121,7 +121,8 @@ def train(
     model = checkpoint.build_model(config.model, c.seed)
     optimizer = AdamW(model.parameters(), c)
     state = checkpoint.training_state(model, optimizer, c.seed)
-    progress = checkpoint.load_state(folder, state) if resume else Progress()
+    saved = resume and (folder / checkpoint.LAST).exists()  # no: stopped before the first save
+    progress = checkpoint.load_state(folder, state) if saved else Progress()
     checkpoint.start_run(folder, config, tokenizer, progress)
     print(f"text    {len(train_data):,} tokens to train on, {len(val_data):,} to validate on")
     print(f"model   {describe(config, model)}")

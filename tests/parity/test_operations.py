@@ -1,0 +1,133 @@
+"""Each operation alone, forward and backward: where a model differs, this says which part does."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from tinygrad import Tensor
+
+from tests import reference as ref
+from tests.reference import Array
+from tinygpt.config import Activation
+from tinygpt.model import activate, attention, causal_mask, cross_entropy, layer_norm, linear
+
+from .compare import assert_close
+from .models import as_float32, tokens
+
+Inputs = dict[str, Array]
+
+
+def assert_operation_agrees(
+    kind: str, operation: Callable[..., Tensor], inputs: Inputs, y: Array, gradients: Inputs
+) -> None:
+    """`operation(**inputs)` gives y, and the gradients of sum(y * dy), dy being upstream(y)."""
+    tensors = {name: Tensor(value.astype(np.float32)) for name, value in inputs.items()}
+    out = operation(**tensors)
+    dy = Tensor(upstream(y.shape).astype(np.float32))
+    computed = (out * dy).sum().gradient(*tensors.values())
+    out.realize(*computed)
+    assert_close(kind, {"y": out}, {"y": y})
+    named = {f"d{name}": g for name, g in zip(inputs, computed, strict=True)}
+    assert_close(f"{kind} gradient", named, {f"d{name}": g for name, g in gradients.items()})
+
+
+def random(*shape: int, seed: int = 0) -> Array:
+    return as_float32(np.random.default_rng([seed, *shape]).standard_normal(shape))
+
+
+def upstream(shape: tuple[int, ...]) -> Array:
+    """dL/dy: anything but ones, whose sums would hide which value belongs where."""
+    return random(*shape, seed=9)
+
+
+@pytest.mark.parametrize(
+    "lead, n_in, n_out, bias",
+    [((1, 1), 1, 1, True), ((3, 5), 7, 3, False), ((2, 9), 33, 65, True)],
+)
+def test_linear(lead: tuple[int, ...], n_in: int, n_out: int, bias: bool) -> None:
+    inputs = {"x": random(*lead, n_in), "weight": random(n_out, n_in)}
+    if bias:
+        inputs["bias"] = random(n_out)
+    y = ref.linear(**inputs)
+    dy = upstream(y.shape)
+    gradients = zip(inputs, ref.linear_backward(dy, inputs["x"], inputs["weight"]), strict=False)
+    assert_operation_agrees("linear", linear, inputs, y, dict(gradients))
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 3, 5), (1, 4, 80)])
+def test_layer_norm(shape: tuple[int, ...]) -> None:
+    """Channels far from 0: the mean must be taken off before anything is squared."""
+    x = as_float32(random(*shape) + 5)
+    weight, bias = random(shape[-1]), random(shape[-1], seed=1)
+    y = ref.layer_norm(x, weight, bias)
+    dx, dw, db = ref.layer_norm_backward(upstream(y.shape), x, weight)
+    inputs = {"x": x, "weight": weight, "bias": bias}
+    gradients = {"x": dx, "weight": dw, "bias": db}
+    assert_operation_agrees("layer_norm", layer_norm, inputs, y, gradients)
+
+
+@pytest.mark.parametrize("name", ["relu", "gelu", "gelu_tanh"])
+def test_activation(name: Activation) -> None:
+    """From far left, where nothing passes, to far right, where everything does."""
+    x = as_float32(np.linspace(-9, 9, 181))
+    y = getattr(ref, name)(x)
+    gradients = {"x": getattr(ref, name + "_backward")(upstream(y.shape), x)}
+    assert_operation_agrees("activation", lambda x: activate(x, name), {"x": x}, y, gradients)
+
+
+@pytest.mark.parametrize("B, T, H, D", [(1, 1, 1, 1), (2, 5, 3, 1), (1, 17, 1, 9)])
+def test_attention(B: int, T: int, H: int, D: int) -> None:
+    q, k, v = (random(B, H, T, D, seed=seed) for seed in range(3))
+    y = ref.head(q, k, v)
+    dq, dk, dv = ref.head_backward(upstream(y.shape), q, k, v)
+    assert_operation_agrees(
+        "attention",
+        lambda q, k, v: attention(q, k, v, causal_mask(T)),
+        {"q": q, "k": k, "v": v},
+        y,
+        {"q": dq, "k": dk, "v": dv},
+    )
+
+
+@pytest.mark.parametrize("B, T, V, scale", [(1, 1, 2, 200), (2, 3, 7, 1), (1, 5, 257, 200)])
+def test_cross_entropy(B: int, T: int, V: int, scale: float) -> None:
+    """Also where the logits differ by hundreds, and exp of them would overflow."""
+    logits = as_float32(scale * random(B, T, V))
+    targets = np.random.default_rng(V).integers(V, size=(B, T))
+    loss = np.array(ref.cross_entropy(logits, targets))
+    gradient = upstream(()) * ref.cross_entropy_backward(logits, targets)
+    assert_operation_agrees(
+        "cross_entropy",
+        lambda logits: cross_entropy(logits, tokens(targets)),
+        {"logits": logits},
+        loss,
+        {"logits": gradient},
+    )
+
+
+def test_cross_entropy_skips_what_has_no_target() -> None:
+    """A target of -1 adds 0 to the sum; the mean is over all places all the same."""
+    logits, targets = random(1, 4, 5), np.array([[2, -1, 0, -1]])
+    counted = targets[0] >= 0
+    half = ref.cross_entropy(logits[:, counted], targets[:, counted]) / 2
+    loss = cross_entropy(Tensor(logits.astype(np.float32)), tokens(targets))
+    assert_close("cross_entropy", {"loss": loss}, {"loss": np.array(half)})
+
+
+def test_the_mathematical_trick() -> None:
+    """The lecture's four ways to average the past agree: loop, matrix, softmax, attention."""
+    B, T, C = 2, 4, 3
+    x = random(B, T, C)
+    expected = np.stack([x[:, : t + 1].mean(axis=1) for t in range(T)], axis=1)
+    xs = Tensor(x.astype(np.float32))
+
+    loop = Tensor.stack(*[xs[:, : t + 1].mean(axis=1) for t in range(T)], dim=1)
+    ones = Tensor.ones(T, T).tril()
+    matrix = (ones / ones.sum(axis=1, keepdim=True)) @ xs
+    softmax = (ones == 0).where(-math.inf, Tensor.zeros(T, T)).softmax(axis=-1) @ xs
+    zero_queries = attention(xs * 0, xs, xs, causal_mask(T))
+    ways = {"loop": loop, "matrix": matrix, "softmax": softmax, "attention": zero_queries}
+    assert_close("operation", ways, dict.fromkeys(ways, expected))

@@ -1,0 +1,166 @@
+"""Clipping, AdamW and the schedule; one step, twenty steps, and a whole run on a real text."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from string import ascii_letters
+
+import numpy as np
+import pytest
+from tinygrad import Tensor
+
+from tests import reference as ref
+from tests.reference import Array, Moments
+from tests.text import SONNETS
+from tinygpt import checkpoint, train
+from tinygpt.batches import split_tokens
+from tinygpt.config import GPTConfig, RunConfig, TrainConfig
+from tinygpt.model import GPT
+from tinygpt.optimizer import AdamW, clip_coefficient, global_norm, learning_rate
+from tinygpt.tokenizer import CharTokenizer
+
+from .compare import assert_close
+from .models import FULL, TINY, as_float32, beyond_the_emulator, build, random_batch, tokens
+
+
+def rate(iteration: int, c: TrainConfig) -> float:
+    return ref.learning_rate(iteration, c.learning_rate, c.final_lr, c.warmup_iters, c.decay_iters)
+
+
+def reference_step(
+    p: dict[str, Array],
+    moments: Moments,
+    batch: tuple[np.ndarray, np.ndarray],
+    iteration: int,
+    model: GPTConfig,
+    c: TrainConfig,
+) -> tuple[dict[str, Array], Moments, float, float]:
+    """(parameters, moments, loss, norm of the gradients) of one whole training step."""
+    loss = ref.gpt(p, *batch, model.n_head, model.activation)[1]
+    assert loss is not None
+    gradients = ref.gpt_backward(p, *batch, model.n_head, model.activation)
+    clipped, norm = ref.clip_by_global_norm(gradients, c.grad_clip)
+    betas = (c.beta1, c.beta2)
+    decay = c.weight_decay
+    p, moments = ref.adamw(p, clipped, moments, rate(iteration, c), betas, weight_decay=decay)
+    return p, moments, loss, norm
+
+
+def comparable(named: Mapping[str, Tensor | Array]) -> dict[str, Array]:
+    """As arrays, without what has no right value: the bias of the keys.
+
+    A vector added to all keys adds one number to all scores of a query, which softmax ignores: the
+    true gradient is 0. What is computed is rounding noise, and AdamW, which divides a gradient by
+    its own size, makes steps of up to the learning rate of it. The loss does not notice.
+    """
+    arrays = {n: t.numpy() if isinstance(t, Tensor) else t for n, t in named.items()}
+    for name, array in arrays.items():
+        if name.endswith("c_attn.bias"):
+            q, _, v = np.split(array, 3)
+            arrays[name] = np.concatenate([q, v])
+    return arrays
+
+
+@pytest.mark.parametrize("max_norm", [0.5, 1e6])
+def test_clipping(max_norm: float) -> None:
+    rng = np.random.default_rng(0)
+    shapes = [(3, 5), (7,), (1, 1)]
+    gradients = {str(s): as_float32(rng.standard_normal(s)) for s in shapes}
+    tensors = {name: Tensor(g.astype(np.float32)) for name, g in gradients.items()}
+    norm = global_norm(list(tensors.values()))
+    coefficient = clip_coefficient(norm, max_norm)
+    expected, expected_norm = ref.clip_by_global_norm(gradients, max_norm)
+    assert_close("operation", {"norm": norm}, {"norm": np.array(expected_norm)})
+    clipped = {name: t * coefficient for name, t in tensors.items()}
+    assert_close("operation", clipped, expected)
+
+
+def test_learning_rate() -> None:
+    """Every iteration, to the last digit: both are float64 arithmetic on the host."""
+    for warmup, max_iters, decay in [(10, 100, None), (0, 20, 15), (5, 30, 5)]:
+        c = TrainConfig(max_iters=max_iters, warmup_iters=warmup, lr_decay_iters=decay)
+        got = [learning_rate(i, c) for i in range(max_iters + 5)]
+        np.testing.assert_allclose(got, [rate(i, c) for i in range(max_iters + 5)], rtol=1e-14)
+
+
+@pytest.mark.parametrize("config", [TINY, FULL], ids=["tied, plain", "untied, biases"])
+def test_steps(config: GPTConfig) -> None:
+    """Parameters and both moments after 1 and after 20 steps, with a new batch in every step."""
+    c = TrainConfig(max_iters=20, warmup_iters=5, learning_rate=1e-3, grad_clip=2.5)
+    model, p = build(config)
+    optimizer = AdamW(model.parameters(), c)
+    step = train.training_step(model, optimizer, c.grad_clip)
+    moments, norms = Moments.zero(p), []
+    for i in range(20):
+        idx, targets = random_batch(seed=i)
+        loss = step(tokens(idx), tokens(targets), optimizer.rates(i))
+        p, moments, expected, norm = reference_step(p, moments, (idx, targets), i, config, c)
+        norms.append(norm)
+        assert_close("loss of a run", {f"loss {i}": loss}, {f"loss {i}": np.array(expected)})
+        if i in (0, 19):
+            got = model.parameters() | optimizer.state()
+            kind = "after 20 steps" if i else "after 1 step"
+            assert_close(kind, comparable(got), comparable(p | named_moments(moments)))
+    assert min(norms) < c.grad_clip < max(norms), "some steps must be clipped and some not"
+
+
+def named_moments(moments: Moments) -> dict[str, Array]:
+    """By the names of the optimizer's state."""
+    first = {f"m.{name}": m for name, m in moments.first.items()}
+    return first | {f"v.{name}": v for name, v in moments.second.items()}
+
+
+@beyond_the_emulator
+def test_whole_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`train` on a text, as the command does it: the loss of every iteration, the final weights.
+
+    The text, the batches (from the seed and the iteration) and the first weights (from the seed)
+    are the run's own; all arithmetic after that is done again by the reference.
+    """
+    monkeypatch.setattr(train, "SAMPLE_LENGTH", 2)  # the sample at the end is not looked at
+    tokenizer = CharTokenizer.from_text(SONNETS + ascii_letters + "!$&',-.3:;?")
+    ids = np.array(tokenizer.encode(SONNETS), np.int32)
+    config = GPTConfig(16, tokenizer.vocab_size, 2, n_head=2, n_embd=16, activation="gelu")
+    assert config.vocab_size == 65, "test_models has compiled the kernels of this shape"
+    c = TrainConfig(
+        out_dir=str(tmp_path / "run"), max_iters=50, batch_size=4, warmup_iters=10,
+        learning_rate=5e-3, log_interval=1, eval_interval=50, eval_iters=1, seed=3,
+    )  # fmt: skip
+    summary = train.train(RunConfig("micro", config, c), ids, tokenizer)
+
+    p = {n: t.numpy().astype(np.float64) for n, t in GPT(config, c.seed).parameters().items()}
+    moments, losses, data = Moments.zero(p), [], split_tokens(ids)[0]
+    for i in range(c.max_iters):
+        rng = np.random.default_rng([c.seed, i])
+        starts = rng.integers(len(data) - config.block_size, size=c.batch_size)
+        rows = data[starts[:, None] + np.arange(config.block_size + 1)]
+        batch = rows[:, :-1], rows[:, 1:]
+        p, moments, loss, _ = reference_step(p, moments, batch, i, config, c)
+        losses.append(loss)
+
+    metrics = (tmp_path / "run" / checkpoint.METRICS).read_text()
+    lines = [json.loads(line) for line in metrics.splitlines()]
+    assert [line["iteration"] for line in lines] == list(range(1, 51))
+    got = np.array([line["train_loss"] for line in lines], np.float32)
+    assert_close("loss of a run", {"losses": got}, {"losses": np.array(losses)})
+    assert losses[-1] < losses[0] - 0.5, "nothing was learned: the run proves little"
+    saved, _ = checkpoint.load_tensors(tmp_path / "run" / checkpoint.LAST)
+    assert_close("after 50 steps", {name: saved[name] for name in p}, p)
+
+    val = split_tokens(ids)[1]
+    val_loss = np.array(whole_split_loss(p, val, config))
+    got = np.array(summary["val_loss"], np.float32)
+    assert_close("loss of a run", {"val_loss": got}, {"val_loss": val_loss})
+
+
+def whole_split_loss(p: dict[str, Array], data: np.ndarray, config: GPTConfig) -> float:
+    """Mean loss over every token but the first, each after those before it in its block."""
+    total = 0.0
+    for start in range(0, len(data) - 1, config.block_size):
+        block = data[start : start + config.block_size + 1]
+        loss = ref.gpt(p, block[None, :-1], block[None, 1:], config.n_head, config.activation)[1]
+        assert loss is not None
+        total += loss * (len(block) - 1)
+    return total / (len(data) - 1)
