@@ -345,6 +345,11 @@ def test_a_number_is_refused_with_the_name_to_use() -> None:
         select_device("cuda:1")
 
 
+def test_a_device_in_the_old_style_is_one_sentence(machine: Machine) -> None:
+    code = COMMAND + NO_ZIG + PREPARE + "device.select_device(None)"
+    assert "use DEV=PYTHON instead" in refused(machine(code, DEV="", PYTHON="1"))
+
+
 # Opening
 
 
@@ -374,7 +379,7 @@ def test_every_available_device_can_be_selected(machine: Machine) -> None:
     names = available_devices()
     assert names[-1] == "PYTHON" and len(set(names)) == len(names)
     code = "\n".join(f"print(device.select_device({name.lower()!r}))" for name in names)
-    assert printed(machine(PREPARE + code, DEV="", PATH=os.environ["PATH"])) == names
+    assert printed(machine(PREPARE + code, DEV="null", PATH=os.environ["PATH"])) == names
 
 
 def test_a_device_that_computes_wrong_is_refused(machine: Machine) -> None:

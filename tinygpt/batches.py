@@ -39,20 +39,10 @@ def check_lengths(train: NDArray[np.integer], val: NDArray[np.integer], block_si
             )
 
 
-def get_batch(
-    data: NDArray[np.integer],
-    batch_size: int,
-    block_size: int,
-    rng: np.random.Generator,
-) -> tuple[Tensor, Tensor]:
-    """A random batch: every place in `data` where a block and its target fit is equally likely.
-
-    Returns:
-        x, y: (batch_size, block_size) int32 on the default device; y is x shifted by one token.
-
-    Raises:
-        InputError: `data` has fewer than block_size + 1 tokens, or a size is below 1.
-    """
+def sample_blocks(
+    data: NDArray[np.integer], batch_size: int, block_size: int, rng: np.random.Generator
+) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    """`get_batch`, before it goes to the device."""
     if batch_size < 1 or block_size < 1:
         raise InputError(f"batch_size {batch_size} and block_size {block_size} must be 1 or more")
     if len(data) <= block_size:
@@ -62,7 +52,22 @@ def get_batch(
         )
     starts = rng.integers(0, len(data) - block_size, size=batch_size)  # (B,), last one included
     rows = data[starts[:, None] + np.arange(block_size + 1)].astype(np.int32)  # (B, T + 1)
-    return Tensor(rows[:, :-1].copy()), Tensor(rows[:, 1:].copy())
+    return rows[:, :-1].copy(), rows[:, 1:].copy()
+
+
+def get_batch(
+    data: NDArray[np.integer], batch_size: int, block_size: int, rng: np.random.Generator
+) -> tuple[Tensor, Tensor]:
+    """A random batch: every place in `data` where a block and its target fit is equally likely.
+
+    Returns:
+        x, y: (batch_size, block_size) int32 on the default device; y is x shifted by one token.
+
+    Raises:
+        InputError: `data` has fewer than block_size + 1 tokens, or a size is below 1.
+    """
+    x, y = sample_blocks(data, batch_size, block_size, rng)
+    return Tensor(x), Tensor(y)
 
 
 def evaluation_batches(

@@ -18,13 +18,12 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
-from tinygrad import Device, Tensor
+from tinygrad import Tensor
 
-from tinygpt.config import BigramConfig, InputError, ModelConfig, RunConfig
+from tinygpt.config import InputError, RunConfig
 from tinygpt.files import replacing, write_text
-from tinygpt.model import GPT, BigramLanguageModel, LanguageModel
-from tinygpt.optimizer import AdamW
-from tinygpt.tokenizer import CharTokenizer, Tokenizer
+from tinygpt.model import LanguageModel, build_model
+from tinygpt.tokenizer import Tokenizer, load_tokenizer, model_vocab_size
 
 T = TypeVar("T")
 
@@ -48,13 +47,6 @@ class Progress:
     seconds_to_first_iteration: float = 0.0  # from the start of `train`
     val_loss: float = math.inf  # of the last evaluation
     best_val_loss: float = math.inf
-
-
-def build_model(config: ModelConfig, seed: int = 0) -> LanguageModel:
-    """The untrained model of this configuration."""
-    if isinstance(config, BigramConfig):
-        return BigramLanguageModel(config.vocab_size, config.block_size, seed)
-    return GPT(config, seed)
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
@@ -89,23 +81,31 @@ def load_tensors(path: Path) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
         raise InputError(f"{path} is damaged or was not written by tinygpt ({error})") from None
 
 
-def restore(path: Path, tensors: dict[str, Tensor], arrays: dict[str, NDArray[Any]]) -> None:
-    """Copies arrays into tensors of the same names and shapes, all or none.
-
-    Raises:
-        InputError: a tensor is missing, unexpected or of another shape; it is named.
-    """
+def check_match(path: Path, tensors: dict[str, Tensor], arrays: dict[str, NDArray[Any]]) -> None:
+    """Raises InputError where a tensor is missing, unexpected or of another shape; it is named."""
     if missing := sorted(tensors.keys() - arrays.keys()):
         raise InputError(f"{path} is of another model: it lacks {_listing(missing)}")
     if unexpected := sorted(arrays.keys() - tensors.keys()):
         raise InputError(f"{path} is of another model: this one has no {_listing(unexpected)}")
     for name, tensor in tensors.items():
         array, dtype = arrays[name], np.dtype(tensor.dtype.fmt)
-        if array.shape != tensor.shape or array.dtype != dtype:
+        if array.shape != tensor.shape:
             raise InputError(
                 f"{path} is of another model: {name} is {array.dtype} {array.shape}, "
                 f"not {dtype} {tensor.shape}"
             )
+
+
+def restore(path: Path, tensors: dict[str, Tensor], arrays: dict[str, NDArray[Any]]) -> None:
+    """Copies arrays into tensors of the same names and shapes, all or none.
+
+    Raises:
+        InputError: a tensor is missing, unexpected, or of another shape or dtype; it is named.
+    """
+    check_match(path, tensors, arrays)
+    for name, tensor in tensors.items():
+        if arrays[name].dtype != (dtype := np.dtype(tensor.dtype.fmt)):
+            raise InputError(f"{path} is damaged: {name} is {arrays[name].dtype}, not {dtype}")
     for name, tensor in tensors.items():
         tensor.assign(Tensor(arrays[name], device=tensor.device)).realize()
 
@@ -115,16 +115,19 @@ def _listing(names: list[str]) -> str:
     return ", ".join(names[:3]) + more
 
 
-def training_state(model: LanguageModel, optimizer: AdamW, seed: int) -> dict[str, Tensor]:
-    """All that a step changes, by name: weights, moments, and the counter that dropout draws from.
+def training_state(
+    weights: dict[str, Tensor], moments: dict[str, Tensor], devices: list[str], seed: int
+) -> dict[str, Tensor]:
+    """All that a step changes, by name: weights, moments, each device's counter of random numbers.
 
-    Seeds tinygrad's generator.
+    Seeds tinygrad's generator, which dropout draws from.
     """
     Tensor.manual_seed(seed)
-    Tensor.rand(1).realize()  # makes the counter
-    moments = {f"optimizer.{name}": tensor for name, tensor in optimizer.state().items()}
-    counter = Tensor._device_rng_counters[Device.DEFAULT]
-    return model.parameters() | moments | {"random.counter": counter}
+    counters: dict[str, Tensor] = {}
+    for device in devices:
+        Tensor.rand(1, device=device).realize()  # makes the device's counter
+        counters[f"random.{len(counters)}"] = Tensor._device_rng_counters[device]
+    return weights | {f"optimizer.{name}": moment for name, moment in moments.items()} | counters
 
 
 def save_state(folder: Path, state: dict[str, Tensor], progress: Progress) -> None:
@@ -200,8 +203,8 @@ def load_run(folder: Path) -> tuple[LanguageModel, Tokenizer]:
         InputError: the folder holds no run, or a file of it is missing or damaged.
     """
     config = load_config(folder)
-    tokenizer = CharTokenizer.load(folder / TOKENIZER)
-    if tokenizer.vocab_size != config.model.vocab_size:
+    tokenizer = load_tokenizer(folder / TOKENIZER)
+    if config.model.vocab_size not in (tokenizer.vocab_size, model_vocab_size(tokenizer)):
         raise InputError(
             f"{folder / TOKENIZER} has {tokenizer.vocab_size} tokens, "
             f"the run's model {config.model.vocab_size}; one of them is of another run"

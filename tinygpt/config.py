@@ -117,6 +117,9 @@ class TrainConfig:
     eval_interval: int = _setting("steps between two evaluations, each saved", default=250)
     eval_iters: int = _setting("batches of the val split per evaluation", default=20)
     log_interval: int = _setting("steps between two lines of metrics.jsonl", default=10)
+    devices: int = _setting(
+        "how many CPU cores share each batch, 0 for all of them; must divide batch_size", default=0
+    )
     seed: int = _setting("fixes weights, batches and dropout", default=1337)
     max_download_mb: int = _setting("largest download accepted, in megabytes", default=1024)
 
@@ -125,7 +128,7 @@ class TrainConfig:
             self, 1, "max_iters", "batch_size", "eval_interval", "eval_iters", "log_interval",
             "max_download_mb",
         )  # fmt: skip
-        _check_whole(self, 0, "warmup_iters", "seed")
+        _check_whole(self, 0, "warmup_iters", "seed", "devices")
         if self.lr_decay_iters is not None:
             _check_whole(self, 1, "lr_decay_iters")
         for name in ("learning_rate", "final_lr", "weight_decay", "grad_clip"):

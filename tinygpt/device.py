@@ -162,6 +162,8 @@ def _default() -> str:
         return Device.DEFAULT
     except RuntimeError:  # no usable devices
         return "CPU"
+    except AssertionError as error:  # CPU=1, as it was written before DEV
+        raise InputError(str(error)) from None
 
 
 def _opens(name: str) -> bool:
@@ -200,7 +202,7 @@ def _reason(error: BaseException) -> str:
 
 def _unavailable(name: str, reason: str) -> InputError:
     return InputError(
-        f"device {name} does not work here ({reason}); available here: "
+        f"device {name} does not work here ({reason}); DEV can choose another, available here: "
         + ", ".join(available_devices())
     )
 

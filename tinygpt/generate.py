@@ -8,12 +8,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from tinygpt.checkpoint import load_run, newest_run
 from tinygpt.cli import run_command
 from tinygpt.config import InputError
 from tinygpt.device import device_name, select_device
-from tinygpt.sampling import Decoder, sample_tokens
+from tinygpt.interop import load_pretrained
+from tinygpt.sampling import Decoder, Tokens, sample_tokens
 from tinygpt.tokenizer import Tokenizer
 
 
@@ -37,10 +39,21 @@ def stream_text(
             its range.
     """
     tokens = np.array([tokenizer.encode(prompt) or start_of_text(tokenizer)], np.int32)
+
+    def known_tokens(tokens: Tokens) -> NDArray[np.float32]:
+        return decoder(tokens)[:, : tokenizer.vocab_size]  # the model's vocabulary may be padded
+
+    waiting: list[int] = []
     for token in sample_tokens(
-        decoder, tokens, max_new_tokens, temperature, top_k, top_p, seed, first_row=sample
+        known_tokens, tokens, max_new_tokens, temperature, top_k, top_p, seed, first_row=sample
     ):
-        yield tokenizer.decode(token)
+        waiting += token.tolist()
+        text = tokenizer.decode(waiting)
+        if not text.endswith("\ufffd"):  # else the last bytes may be half a character
+            yield text
+            waiting = []
+    if waiting:
+        yield tokenizer.decode(waiting)
 
 
 def start_of_text(tokenizer: Tokenizer) -> list[int]:
@@ -66,7 +79,13 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         prog="python -m tinygpt.generate",
         description="Writes text with a trained model, token by token.",
     )
-    parser.add_argument("--run", type=Path, help="folder of the run (default: the newest in runs/)")
+    model = parser.add_mutually_exclusive_group()
+    model.add_argument("--run", type=Path, help="folder of the run (default: the newest in runs/)")
+    model.add_argument(
+        "--weights",
+        help="instead of a run: gpt2, gpt2-medium, gpt2-large or gpt2-xl, or weights of Hugging "
+        "Face's or nanoGPT's making, a folder or file",
+    )
     prompt = parser.add_mutually_exclusive_group()
     prompt.add_argument("--prompt", default="", help="text to go on from")
     prompt.add_argument("--prompt-file", help="file with that text; - is standard input")
@@ -99,9 +118,9 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
     prompt = read_prompt(args)
     select_device(args.device)
-    folder = args.run or newest_run()
-    model, tokenizer = load_run(folder)
-    print(f"{folder}, {model.num_parameters():,} parameters, {device_name()}", file=sys.stderr)
+    source = args.weights or args.run or newest_run()
+    model, tokenizer = load_pretrained(source) if args.weights else load_run(source)
+    print(f"{source}, {model.num_parameters():,} parameters, {device_name()}", file=sys.stderr)
     decoder = model.decoder(batch_size=1)
     for sample in range(args.num_samples):
         if sample:

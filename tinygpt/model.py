@@ -13,8 +13,11 @@ the gradient on its way back. On a CPU a training step is several times faster f
 from __future__ import annotations
 
 import math
+import os
+from typing import Any
 
 import numpy as np
+from numpy.random import Generator
 from numpy.typing import NDArray
 from tinygrad import Tensor, TinyJit, UOp, dtypes, nn
 from tinygrad.engine.realize import capturing
@@ -86,8 +89,13 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 # Layers -------------------------------------------------------------------------------------------
 
 
-def normal(rng: np.random.Generator, shape: tuple[int, ...], std: float) -> Tensor:
-    """Drawn by numpy, so that a seed gives the same weights on every backend."""
+def normal(rng: Generator | None, shape: tuple[int, ...], std: float) -> Tensor:
+    """Drawn by numpy, so that a seed gives the same weights on every backend.
+
+    Without a generator the values are yet to come, from a file, and take no memory until then.
+    """
+    if rng is None:
+        return Tensor.empty(*shape)
     return Tensor((std * rng.standard_normal(shape)).astype(np.float32)).realize()
 
 
@@ -98,7 +106,7 @@ def constant(value: float, size: int) -> Tensor:
 class Embedding:
     """weight (rows, C), normal(0, std): one row per token or position."""
 
-    def __init__(self, rows: int, n_embd: int, rng: np.random.Generator, std: float = INIT_STD):
+    def __init__(self, rows: int, n_embd: int, rng: Generator | None, std: float = INIT_STD):
         self.weight = normal(rng, (rows, n_embd), std)
 
 
@@ -109,7 +117,7 @@ class Linear:
         self,
         n_in: int,
         n_out: int,
-        rng: np.random.Generator,
+        rng: Generator | None,
         bias: bool = False,
         std: float = INIT_STD,
     ):
@@ -151,7 +159,7 @@ class Head:
 class CausalSelfAttention:
     """All heads at once, and the projection of their outputs back to the residual stream."""
 
-    def __init__(self, config: GPTConfig, rng: np.random.Generator):
+    def __init__(self, config: GPTConfig, rng: Generator | None):
         C = config.n_embd
         self.c_attn = Linear(C, 3 * C, rng, config.bias)
         self.c_proj = Linear(C, C, rng, config.bias, std=residual_std(config))
@@ -178,7 +186,7 @@ class CausalSelfAttention:
 class MLP:
     """Linear to 4 C, nonlinearity, linear back to C."""
 
-    def __init__(self, config: GPTConfig, rng: np.random.Generator):
+    def __init__(self, config: GPTConfig, rng: Generator | None):
         C = config.n_embd
         self.c_fc = Linear(C, 4 * C, rng, config.bias)
         self.c_proj = Linear(4 * C, C, rng, config.bias, std=residual_std(config))
@@ -192,7 +200,7 @@ class MLP:
 class Block:
     """Communication, then computation, each added to the residual stream (B, T, C)."""
 
-    def __init__(self, config: GPTConfig, rng: np.random.Generator):
+    def __init__(self, config: GPTConfig, rng: Generator | None):
         self.ln_1 = LayerNorm(config.n_embd, config.bias)
         self.attn = CausalSelfAttention(config, rng)
         self.ln_2 = LayerNorm(config.n_embd, config.bias)
@@ -251,6 +259,15 @@ class LanguageModel:
     def parameters(self) -> dict[str, Tensor]:
         """Every trainable tensor by GPT-2's name for it, in the order of the data."""
         return nn.state.get_state_dict(self)
+
+    def use(self, tensors: dict[str, Tensor]) -> None:
+        """Puts these tensors in the place of the parameters of the same names."""
+        for name, tensor in tensors.items():
+            owner: Any = self
+            *path, attribute = name.split(".")
+            for key in path:
+                owner = owner[int(key)] if key.isdigit() else getattr(owner, key)
+            setattr(owner, attribute, tensor)
 
     def num_parameters(self) -> int:
         """Number of trainable values without the position table, as papers count them."""
@@ -316,7 +333,7 @@ class BigramLanguageModel(LanguageModel):
 
     config: BigramConfig
 
-    def __init__(self, vocab_size: int, block_size: int = 8, seed: int = 0):
+    def __init__(self, vocab_size: int, block_size: int = 8, seed: int | None = 0):
         self.config = BigramConfig(block_size, vocab_size)
         self.wte = Embedding(vocab_size, vocab_size, np.random.default_rng(seed), std=1.0)
 
@@ -333,8 +350,9 @@ class GPT(LanguageModel):
 
     config: GPTConfig
 
-    def __init__(self, config: GPTConfig, seed: int = 0):
-        rng = np.random.default_rng(seed)
+    def __init__(self, config: GPTConfig, seed: int | None = 0):
+        """Draws the weights; with seed None they have no values until they are assigned."""
+        rng = None if seed is None else np.random.default_rng(seed)
         self.config = config
         self.wte = Embedding(config.vocab_size, config.n_embd, rng)
         self.wpe = Embedding(config.block_size, config.n_embd, rng)
@@ -342,6 +360,21 @@ class GPT(LanguageModel):
         self.ln_f = LayerNorm(config.n_embd, config.bias)
         if not config.tie_weights:
             self.lm_head = Linear(config.n_embd, config.vocab_size, rng)
+
+    @classmethod
+    def from_pretrained(cls, source: str | os.PathLike[str]) -> GPT:
+        """The model that others, or a run, have trained.
+
+        Args:
+            source: `gpt2`, `gpt2-medium`, `gpt2-large`, `gpt2-xl` (downloaded once); the folder of
+                a run, of Hugging Face's GPT-2 or of nanoGPT; a .safetensors or .pt file.
+
+        Raises:
+            InputError: there is no such model, or it is damaged or not a GPT-2; it says why.
+        """
+        from tinygpt.interop import load_pretrained  # which needs this module
+
+        return load_pretrained(source)[0]
 
     def logits(self, idx: Tensor) -> Tensor:
         x = self.wte.weight[idx] + self.wpe.weight[: idx.shape[1]]  # (B, T, C)
@@ -373,6 +406,13 @@ class GPT(LanguageModel):
 
     def decoder(self, batch_size: int) -> Decoder:
         return CachedDecoder(self, batch_size)
+
+
+def build_model(config: ModelConfig, seed: int | None = 0) -> LanguageModel:
+    """The untrained model of this configuration; without a seed its weights have no meaning."""
+    if isinstance(config, BigramConfig):
+        return BigramLanguageModel(config.vocab_size, config.block_size, seed)
+    return GPT(config, seed)
 
 
 class CachedDecoder:

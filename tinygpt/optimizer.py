@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
+from numpy.typing import NDArray
 from tinygrad import Tensor
 
 from tinygpt.config import TrainConfig
@@ -44,22 +45,26 @@ class AdamW:
         m = beta1 m + (1 - beta1) g                 v = beta2 v + (1 - beta2) g^2
         p = p (1 - rate decay) - rate (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + eps)
 
-    Matrices decay; biases and layer norm weights, which have one axis, do not.
+    Args:
+        decayed: names of the parameters that decay; by default the matrices, not the biases and
+            layer norm weights, which have one axis.
+        m, v: memory for the moments, zero; made here by default.
     """
 
-    def __init__(self, parameters: dict[str, Tensor], config: TrainConfig):
+    def __init__(
+        self,
+        parameters: dict[str, Tensor],
+        config: TrainConfig,
+        decayed: set[str] | None = None,
+        m: dict[str, Tensor] | None = None,
+        v: dict[str, Tensor] | None = None,
+    ):
         self.parameters, self.config = parameters, config
-        self.m = {name: _zeros_like(p) for name, p in parameters.items()}
-        self.v = {name: _zeros_like(p) for name, p in parameters.items()}
-
-    def rates(self, iteration: int) -> Tensor:
-        """What changes with the step (0 is the first): learning rate, and both bias corrections.
-
-        They go into the compiled step as a tensor (3,): a Python number would be frozen there.
-        """
-        t, c = iteration + 1, self.config
-        rates = [learning_rate(iteration, c), 1 / (1 - c.beta1**t), 1 / (1 - c.beta2**t)]
-        return Tensor(np.array(rates, np.float32))
+        self.decayed = (
+            {n for n, p in parameters.items() if p.ndim >= 2} if decayed is None else decayed
+        )
+        self.m = m or {name: _zeros_like(p) for name, p in parameters.items()}
+        self.v = v or {name: _zeros_like(p) for name, p in parameters.items()}
 
     def schedule_step(self, gradients: dict[str, Tensor], rates: Tensor) -> list[Tensor]:
         """Assigns new moments and parameters; returns the tensors to realize, all in one call."""
@@ -70,13 +75,22 @@ class AdamW:
             m.assign(c.beta1 * m + (1 - c.beta1) * g)
             v.assign(c.beta2 * v + (1 - c.beta2) * g.square())
             step = rate * (m * correction1) / ((v * correction2).sqrt() + EPS)
-            decayed = p * (1 - rate * c.weight_decay) if p.ndim >= 2 else p
-            p.assign(decayed - step)
+            p.assign((p * (1 - rate * c.weight_decay) if name in self.decayed else p) - step)
         return [*self.m.values(), *self.v.values(), *self.parameters.values()]
 
-    def state(self) -> dict[str, Tensor]:
-        """Both moments by parameter name: `m.{name}` and `v.{name}`."""
-        return {f"m.{n}": t for n, t in self.m.items()} | {f"v.{n}": t for n, t in self.v.items()}
+
+def step_rates(iteration: int, config: TrainConfig) -> NDArray[np.float32]:
+    """What changes with the step (0 is the first): learning rate, and both bias corrections, (3,).
+
+    They go into the compiled step as a tensor: a Python number would be frozen there.
+    """
+    t = iteration + 1
+    corrections = [1 / (1 - config.beta1**t), 1 / (1 - config.beta2**t)]
+    return np.array([learning_rate(iteration, config), *corrections], np.float32)
+
+
+def moments_by_name(m: dict[str, Tensor], v: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {f"m.{n}": t for n, t in m.items()} | {f"v.{n}": t for n, t in v.items()}
 
 
 def _zeros_like(p: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
+import os
 import signal
 import sys
 import threading
@@ -12,15 +13,15 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from tinygrad import Context, Tensor, TinyJit
+from tinygrad import Context, Device, Tensor, TinyJit
 from tinygrad.helpers import tqdm
 
 from tinygpt import checkpoint
-from tinygpt.batches import check_lengths, evaluation_batches, get_batch, split_tokens
+from tinygpt.batches import check_lengths, evaluation_batches, sample_blocks, split_tokens
 from tinygpt.checkpoint import Progress
 from tinygpt.cli import add_flags, run_command
 from tinygpt.config import (
@@ -34,18 +35,63 @@ from tinygpt.config import (
 from tinygpt.corpus import load_corpus
 from tinygpt.device import device_name, select_device
 from tinygpt.generate import stream_text
-from tinygpt.model import LanguageModel, cross_entropy
-from tinygpt.optimizer import AdamW, clip_coefficient, global_norm, learning_rate
+from tinygpt.model import LanguageModel, build_model, cross_entropy
+from tinygpt.optimizer import (
+    AdamW,
+    clip_coefficient,
+    global_norm,
+    learning_rate,
+    moments_by_name,
+    step_rates,
+)
+from tinygpt.parallel import ParallelTrainer
 from tinygpt.report import plot_loss
+from tinygpt.sampling import Tokens
 from tinygpt.tokenizer import CharTokenizer, Tokenizer
 
 SAMPLE_LENGTH = 500  # tokens in sample.txt
 
-Step = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+class Trainer(Protocol):
+    """A model and its optimizer, on whatever devices."""
+
+    model: LanguageModel
+    devices: list[str]
+
+    def moments(self) -> dict[str, Tensor]: ...
+    def step(self, x: Tokens, y: Tokens, iteration: int) -> None: ...
+    def train_loss(self) -> float: ...  # of the last step, in nats; waits for it
+    def evaluate(self, x: Tokens, y: Tokens) -> float: ...  # mean loss over (B, T), no dropout
 
 
-def training_step(model: LanguageModel, optimizer: AdamW, grad_clip: float) -> Step:
-    """One step of training as a compiled function from x, y (B, T) and rates (3,) to the loss."""
+class OneDevice:
+    """The `Trainer` for any device: a step is one compiled function."""
+
+    def __init__(self, config: RunConfig):
+        self.config, self.devices = config.train, [Device.DEFAULT]
+        self.model = build_model(config.model, config.train.seed)
+        self.optimizer = AdamW(self.model.parameters(), config.train)
+        self.compiled_step = training_step(self.model, self.optimizer, config.train.grad_clip)
+        self.compiled_loss = TinyJit(lambda x, y: cross_entropy(self.model.logits(x), y).realize())
+
+    def moments(self) -> dict[str, Tensor]:
+        return moments_by_name(self.optimizer.m, self.optimizer.v)
+
+    def step(self, x: Tokens, y: Tokens, iteration: int) -> None:
+        rates = Tensor(step_rates(iteration, self.config))
+        self.loss = self.compiled_step(Tensor(x), Tensor(y), rates)
+
+    def train_loss(self) -> float:
+        return self.loss.item()
+
+    def evaluate(self, x: Tokens, y: Tokens) -> float:
+        return self.compiled_loss(Tensor(x), Tensor(y)).item()
+
+
+def training_step(
+    model: LanguageModel, optimizer: AdamW, grad_clip: float
+) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """A step of training as a compiled function from x, y (B, T) and rates (3,) to the loss."""
     names, parameters = zip(*model.parameters().items(), strict=True)
 
     @TinyJit
@@ -63,39 +109,34 @@ def training_step(model: LanguageModel, optimizer: AdamW, grad_clip: float) -> S
     return step
 
 
-def evaluation_step(model: LanguageModel) -> Callable[[Tensor, Tensor], Tensor]:
-    """Compiled function from x, y (B, T) to the mean loss, without dropout."""
-    return TinyJit(lambda x, y: cross_entropy(model.logits(x), y).realize())
+def choose_trainer(config: RunConfig) -> Trainer:
+    """All cores of a CPU, as far as they can share the batches equally; else the one device."""
+    if Device.DEFAULT == "CPU":
+        wanted = config.train.devices or os.cpu_count() or 1
+        cores = max(n for n in range(1, wanted + 1) if config.train.batch_size % n == 0)
+        if cores > 1:
+            return ParallelTrainer(config, cores)
+    return OneDevice(config)
 
 
 def exact_loss(
-    evaluate: Callable[[Tensor, Tensor], Tensor],
-    data: NDArray[np.integer],
-    batch_size: int,
-    block_size: int,
+    trainer: Trainer, data: NDArray[np.integer], batch_size: int, block_size: int
 ) -> float:
     """Mean loss over every target of `data`, in non-overlapping blocks, in nats per token."""
+    batches = evaluation_batches(data, batch_size, block_size)
+    count = -(-(len(data) - 1) // (batch_size * block_size))
     total = 0.0
-    batches = -(-(len(data) - 1) // (batch_size * block_size))
-    for x, y in tqdm(
-        evaluation_batches(data, batch_size, block_size),
-        desc="evaluating",
-        total=batches,
-        disable=None,
-    ):
-        total += evaluate(Tensor(x), Tensor(y)).item() * y.size  # the mean is over y.size places
+    for x, y in tqdm(batches, desc="evaluating", total=count, disable=None):
+        total += trainer.evaluate(x, y) * y.size  # it is the mean over y.size positions
     return total / (len(data) - 1)
 
 
-def estimated_loss(
-    evaluate: Callable[[Tensor, Tensor], Tensor], data: NDArray[np.integer], config: RunConfig
-) -> float:
+def estimated_loss(trainer: Trainer, data: NDArray[np.integer], config: RunConfig) -> float:
     """Mean loss over eval_iters random batches, the same ones at every evaluation of a run."""
     c, rng = config.train, np.random.default_rng(config.train.seed)
-    batches = (
-        get_batch(data, c.batch_size, config.model.block_size, rng) for _ in range(c.eval_iters)
-    )
-    return float(np.mean([evaluate(x, y).item() for x, y in batches]))
+    sizes = c.batch_size, config.model.block_size
+    losses = [trainer.evaluate(*sample_blocks(data, *sizes, rng)) for _ in range(c.eval_iters)]
+    return float(np.mean(losses))
 
 
 def train(
@@ -118,35 +159,36 @@ def train(
     train_data, val_data = split_tokens(tokens)
     check_lengths(train_data, val_data, block_size)
 
-    model = checkpoint.build_model(config.model, c.seed)
-    optimizer = AdamW(model.parameters(), c)
-    state = checkpoint.training_state(model, optimizer, c.seed)
+    trainer = choose_trainer(config)
+    model = trainer.model
+    state = checkpoint.training_state(
+        model.parameters(), trainer.moments(), trainer.devices, c.seed
+    )
     saved = resume and (folder / checkpoint.LAST).exists()  # no: stopped before the first save
     progress = checkpoint.load_state(folder, state) if saved else Progress()
     checkpoint.start_run(folder, config, tokenizer, progress)
     print(f"text    {len(train_data):,} tokens to train on, {len(val_data):,} to validate on")
     print(f"model   {describe(config, model)}")
-    print(f"device  {device_name()}; the first two iterations compile the step", flush=True)
+    cores = f", {len(trainer.devices)} cores" if len(trainer.devices) > 1 else ""
+    print(f"device  {device_name()}{cores}; compiling the first step", flush=True)
 
-    step = training_step(model, optimizer, c.grad_clip)
-    evaluate = evaluation_step(model)
     log = Log(folder, config, progress)
     with stop_signals() as signals:
         while progress.iteration < c.max_iters and not signals:
             i = progress.iteration
             rng = np.random.default_rng([c.seed, i])
-            x, y = get_batch(train_data, c.batch_size, block_size, rng)
-            loss = step(x, y, optimizer.rates(i))
+            x, y = sample_blocks(train_data, c.batch_size, block_size, rng)
+            trainer.step(x, y, i)
             progress.iteration = done = i + 1
 
             evaluating = done % c.eval_interval == 0 or done == c.max_iters
             if evaluating or done % c.log_interval == 0 or i == 0:
-                train_loss = loss.item()  # waits for the device
+                train_loss = trainer.train_loss()
                 check_finite(train_loss, done)
                 log.stop_clock()
                 if i == 0:
                     progress.seconds_to_first_iteration = time.perf_counter() - start
-                val_loss = estimated_loss(evaluate, val_data, config) if evaluating else None
+                val_loss = estimated_loss(trainer, val_data, config) if evaluating else None
                 log.write(train_loss, val_loss)
             if evaluating:
                 checkpoint.save_state(folder, state, progress)
@@ -159,7 +201,7 @@ def train(
     summary = {
         "parameters": sum(int(p.numel()) for p in model.parameters().values()),
         "iterations": progress.iteration,
-        "val_loss": exact_loss(evaluate, val_data, c.batch_size, block_size),
+        "val_loss": exact_loss(trainer, val_data, c.batch_size, block_size),
         "best_val_loss": progress.best_val_loss,
         "seconds": progress.seconds,
         "seconds_to_first_iteration": progress.seconds_to_first_iteration,

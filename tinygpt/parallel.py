@@ -1,0 +1,228 @@
+"""Training on several CPU cores: a copy of the model on each, all over the same memory.
+
+tinygrad runs the kernels of a CPU device on one core, but two devices, `CPU` and `CPU:1`, each
+driven by a Python thread of its own, run side by side: a kernel call releases Python's lock. So
+every core gets a device, a model and an equal part of each batch. The weights exist once, in one
+flat piece of memory that all models read; each core writes its own flat gradients, and after that
+updates its own part of the weights from the mean of all gradients (data parallelism with a sharded
+optimizer, as in ZeRO, Rajbhandari et al. 2020). Sums are always taken in the same order: the result
+depends on the number of cores, but not on their timing.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tinygrad import Context, Tensor, TinyJit, dtypes
+from tinygrad.engine.realize import get_runtime, resolve_params
+from tinygrad.uop.ops import Ops
+
+from tinygpt.config import RunConfig
+from tinygpt.model import build_model, cross_entropy
+from tinygpt.optimizer import AdamW, clip_coefficient, global_norm, moments_by_name, step_rates
+from tinygpt.sampling import Tokens
+
+ALIGNMENT = 16  # floats, a cache line: tinygrad's vectorized kernels want aligned arrays
+
+
+class Memory:
+    """Named float32 arrays side by side in one, seen by numpy and by tensors on any CPU device."""
+
+    def __init__(self, shapes: dict[str, tuple[int, ...]]):
+        self.shapes, self.offsets, end = shapes, dict[str, int](), 0
+        for name, shape in shapes.items():
+            self.offsets[name] = end
+            end += -(-math.prod(shape) // ALIGNMENT) * ALIGNMENT
+        owner = np.zeros(end + ALIGNMENT, np.float32)
+        skip = -(owner.ctypes.data // owner.itemsize) % ALIGNMENT
+        self.array = owner[skip : skip + end]
+
+    def tensor(self, name: str, device: str) -> Tensor:
+        start = self.offsets[name]
+        return self.part(start, start + math.prod(self.shapes[name]), device, self.shapes[name])
+
+    def tensors(self, device: str) -> dict[str, Tensor]:
+        return {name: self.tensor(name, device) for name in self.shapes}
+
+    def part(
+        self, start: int, end: int, device: str, shape: tuple[int, ...] | None = None
+    ) -> Tensor:
+        """The floats from `start` to `end`, in this shape or in a row."""
+        return on_device(self.array[start:end].reshape(shape or (end - start,)), device)
+
+
+def on_device(array: NDArray[Any], device: str) -> Tensor:
+    """A tensor on a CPU device over the memory of `array`, which must outlive it."""
+    dtype = {"float32": dtypes.float, "int32": dtypes.int}[str(array.dtype)]
+    return Tensor.from_blob(array.ctypes.data, array.shape, dtype=dtype, device=device)
+
+
+class ParallelTrainer:
+    """A `train.Trainer` on `cores` CPU cores, each of which gets an equal part of every batch."""
+
+    def __init__(self, config: RunConfig, cores: int):
+        c, self.model = config.train, build_model(config.model, config.train.seed)
+        initial = self.model.parameters()
+        matrices_first = sorted(initial, key=lambda name: initial[name].ndim < 2)
+        shapes = {name: tuple(map(int, initial[name].shape)) for name in matrices_first}
+        self.weights, self.m, self.v = (Memory(shapes) for _ in range(3))
+        for name, tensor in self.weights.tensors("CPU").items():
+            tensor.assign(initial[name]).realize()
+        self.gradients = [Memory(shapes) for _ in range(cores)]
+        self.rates, self.norms = np.zeros(3, np.float32), np.zeros(cores, np.float32)
+        self.replicas = [Replica(self, config, core) for core in range(cores)]
+        self.model.use(self.weights.tensors("CPU"))
+        self.config, self.devices = c, [replica.device for replica in self.replicas]
+        self.pool = ThreadPoolExecutor(cores)
+
+    def moments(self) -> dict[str, Tensor]:
+        return moments_by_name(self.m.tensors("CPU"), self.v.tensors("CPU"))
+
+    def step(self, x: Tokens, y: Tokens, iteration: int) -> None:
+        self._feed(x, y)
+        self.rates[:] = step_rates(iteration, self.config)
+        for phase in ("gradients", "norm", "update"):  # each needs what all cores did before
+            self._run(phase)
+
+    def train_loss(self) -> float:
+        return float(np.mean([replica.loss for replica in self.replicas]))
+
+    def evaluate(self, x: Tokens, y: Tokens) -> float:
+        self._feed(x, y)
+        self._run("evaluation")
+        return float(np.mean([replica.loss for replica in self.replicas]))
+
+    def _feed(self, x: Tokens, y: Tokens) -> None:
+        parts = zip(np.split(x, len(self.replicas)), np.split(y, len(self.replicas)), strict=True)
+        for replica, (x_part, y_part) in zip(self.replicas, parts, strict=True):
+            replica.x[:], replica.y[:] = x_part, y_part
+
+    def _run(self, phase: str) -> None:
+        """Runs a phase on every core and waits; compiles it first, for one core after the other."""
+        if phase not in self.replicas[0].launch:
+            for replica in self.replicas:
+                replica.run_first(phase)
+            return
+        waiting = [self.pool.submit(replica.launch[phase]) for replica in self.replicas[1:]]
+        self.replicas[0].launch[phase]()
+        for future in waiting:
+            future.result()
+
+
+class Replica:
+    """One core's model and its phases of a step; all it reads and writes is shared memory."""
+
+    def __init__(self, trainer: ParallelTrainer, config: RunConfig, core: int):
+        c, self.device = config.train, f"CPU:{core}" if core else "CPU"
+        cores = len(trainer.gradients)
+        self.model = build_model(config.model, None)
+        self.model.use(trainer.weights.tensors(self.device))
+        shape = (c.batch_size // cores, config.model.block_size)
+        self.x, self.y = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
+        self.loss = np.zeros(1, np.float32)
+        x, y = on_device(self.x, self.device), on_device(self.y, self.device)
+        loss = on_device(self.loss, self.device)
+        parameters = self.model.parameters()
+        gradients = trainer.gradients[core].tensors(self.device)
+
+        @Context(TRAINING=1)
+        def compute_gradients() -> None:
+            value = self.model(x, y)[1]
+            assert value is not None
+            new = value.gradient(*parameters.values())
+            stores = [gradients[n].assign(g) for n, g in zip(parameters, new, strict=True)]
+            Tensor.realize(loss.assign(value.reshape(1)), *stores)
+
+        def evaluate() -> None:
+            value = cross_entropy(self.model.logits(x), y)
+            loss.assign(value.reshape(1)).realize()
+
+        # This core's part of the flat arrays: what weight decay acts on, and what it does not.
+        size = len(trainer.weights.array)
+        first_free = min(
+            (trainer.weights.offsets[n] for n, p in parameters.items() if p.ndim < 2), default=size
+        )
+        bounds = [size * i // cores // ALIGNMENT * ALIGNMENT for i in range(cores)] + [size]
+        start, end = bounds[core], bounds[core + 1]
+        spans = {
+            "decayed": (start, min(end, first_free)),
+            "free": (max(start, first_free), end),
+        }
+        spans = {name: span for name, span in spans.items() if span[0] < span[1]}
+
+        def parts(memory: Memory) -> dict[str, Tensor]:
+            return {name: memory.part(*span, self.device) for name, span in spans.items()}
+
+        all_gradients = [parts(memory) for memory in trainer.gradients]
+        optimizer = AdamW(
+            parts(trainer.weights), c, {"decayed"}, parts(trainer.m), parts(trainer.v)
+        )
+        norms, rates = on_device(trainer.norms, self.device), on_device(trainer.rates, self.device)
+        norm = on_device(trainer.norms[core : core + 1], self.device)
+
+        def mean_gradients() -> dict[str, Tensor]:
+            return {
+                name: sum((g[name] for g in all_gradients[1:]), all_gradients[0][name]) / cores
+                for name in spans
+            }
+
+        def compute_norm() -> None:
+            own = global_norm(list(mean_gradients().values()))
+            norm.assign(own.reshape(1)).realize()
+
+        def update() -> None:
+            gradients = mean_gradients()
+            if c.grad_clip > 0:
+                coefficient = clip_coefficient(global_norm([norms]), c.grad_clip)
+                gradients = {name: g * coefficient for name, g in gradients.items()}
+            Tensor.realize(*optimizer.schedule_step(gradients, rates))
+
+        self.functions = {
+            "gradients": compute_gradients,
+            "norm": compute_norm,
+            "update": update,
+            "evaluation": evaluate,
+        }
+        self.launch: dict[str, Callable[[], None]] = {}
+
+    def run_first(self, phase: str) -> None:
+        """Runs a phase once, and captures it meanwhile."""
+        jit = TinyJit(self.functions[phase])
+        jit.cnt = 1  # capture now: there is nothing to realize in a run before, all is in memory
+        jit()
+        self.launch[phase] = launcher(jit)
+
+
+def launcher(jit: Any) -> Callable[[], None]:
+    """What a captured TinyJit without inputs does, without its work in Python for each call.
+
+    A step of a small model is a hundred kernels of a tenth of a millisecond; TinyJit takes a third
+    of that time again to look up each kernel's buffers, which never change here.
+    """
+    calls = []
+    for call in jit.captured.linear.src:
+        program, device = call.src[0], call.src[1].device
+        assert program.op is Ops.PROGRAM, program.op
+        runtime = get_runtime(device, program)
+        buffers: list[Any] = [b.buffer for b in resolve_params(call, ())]
+        addresses = [
+            buffers[i].ensure_allocated().get_buf(device).va_addr for i in program.arg.globals
+        ]
+        for core in range(program.arg.global_size[0]):  # a kernel that tinygrad has cut in parts
+            arguments = [*addresses, *program.arg.vals({})]
+            if "core_id" in runtime.runtimevars:
+                arguments[runtime.runtimevars["core_id"]] = core
+            calls.append((runtime.fxn, [ctypes.c_uint64(a) for a in arguments]))
+
+    def launch() -> None:
+        for function, arguments in calls:
+            function(*arguments)
+
+    launch.captured = jit  # type: ignore[attr-defined]  # its buffers live as long as this
+    return launch
