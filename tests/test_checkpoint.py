@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tinygrad import Tensor
+from tinygrad import Device, Tensor
 
 from tinygpt import CharTokenizer, GPTConfig, InputError
 from tinygpt.checkpoint import (
@@ -16,7 +16,6 @@ from tinygpt.checkpoint import (
     LAST,
     Progress,
     append_metrics,
-    build_model,
     check_free,
     load_config,
     load_run,
@@ -30,7 +29,8 @@ from tinygpt.checkpoint import (
     training_state,
 )
 from tinygpt.config import BigramConfig, ModelConfig, RunConfig, TrainConfig
-from tinygpt.optimizer import AdamW
+from tinygpt.model import build_model
+from tinygpt.optimizer import AdamW, moments_by_name
 
 GPT_CONFIG = GPTConfig(block_size=4, vocab_size=3, n_layer=1, n_head=1, n_embd=4, bias=True)
 TOKENIZER = CharTokenizer.from_text("abc")
@@ -38,7 +38,9 @@ TOKENIZER = CharTokenizer.from_text("abc")
 
 def state_of(model: ModelConfig, seed: int = 0) -> dict[str, Tensor]:
     built = build_model(model, seed)
-    return training_state(built, AdamW(built.parameters(), TrainConfig()), seed)
+    optimizer = AdamW(built.parameters(), TrainConfig())
+    moments = moments_by_name(optimizer.m, optimizer.v)
+    return training_state(built.parameters(), moments, [Device.DEFAULT], seed)
 
 
 def values(state: dict[str, Tensor]) -> dict[str, np.ndarray]:
@@ -176,7 +178,7 @@ import resource, signal
 from pathlib import Path
 import numpy as np
 import tinygpt
-from tinygrad import Tensor
+from tinygrad import Device, Tensor
 from tinygpt.checkpoint import save_tensors
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 w = Tensor(np.zeros(100_000, np.float32)).realize()

@@ -12,9 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
+from tinygrad import Device
 
 from tests.text import SONNETS
-from tinygpt.train import exact_loss
+from tinygpt import GPTConfig, TrainConfig
+from tinygpt.config import RunConfig
+from tinygpt.sampling import Tokens
+from tinygpt.train import OneDevice, choose_trainer, exact_loss
 
 SMALL = "--block-size 8 --batch-size 4 --eval-interval 40 --eval-iters 2 --warmup-iters 5"
 GPT_RUN = f"{SMALL} --n-layer 1 --n-head 2 --n-embd 8 --dropout 0.2"
@@ -211,16 +215,33 @@ def test_resume_before_the_first_checkpoint_starts_again(folder: Path) -> None:
 
 
 def test_exact_loss_counts_every_target_once() -> None:
-    class Loss:
-        def __init__(self, value: float):
-            self.value = value
-
-        def item(self) -> float:
-            return self.value
-
-    def mean_of_targets(x, y):  # type: ignore[no-untyped-def]
-        targets = y.numpy()
-        return Loss(np.where(targets >= 0, targets, 0).mean())
+    class TargetsAsLoss(OneDevice):
+        def __init__(self) -> None: ...
+        def evaluate(self, x: Tokens, y: Tokens) -> float:
+            return float(np.where(y >= 0, y, 0).mean())
 
     data = np.arange(23, dtype=np.int32)
-    assert math.isclose(exact_loss(mean_of_targets, data, 2, 4), data[1:].mean())
+    assert math.isclose(exact_loss(TargetsAsLoss(), data, 2, 4), data[1:].mean())
+
+
+def test_cores_must_share_the_batch(folder: Path) -> None:
+    flags = f"--preset bigram {SMALL} --devices 3 --out-dir runs/three"
+    fails(train(folder, flags), "devices 3 do not divide batch_size 4")
+
+
+@pytest.mark.skipif(Device.DEFAULT != "CPU", reason="for the cores of a CPU")
+def test_the_number_of_cores_changes_only_the_rounding() -> None:
+    model = GPTConfig(8, 11, n_layer=1, n_head=2, n_embd=8, bias=True)
+    rng = np.random.default_rng(0)
+    batches = [rng.integers(0, 11, (2, 4, 8), np.int32) for _ in range(5)]
+    results = []
+    for cores in (1, 2, 4):
+        recipe = TrainConfig(batch_size=4, devices=cores, warmup_iters=0)
+        trainer = choose_trainer(RunConfig("micro", model, recipe))
+        losses = []
+        for i, (x, y) in enumerate(batches):
+            trainer.step(x, y, i)
+            losses.append(trainer.train_loss())
+        results.append([*losses, trainer.evaluate(*batches[0])])
+    # sums of float32 in another order, over five steps
+    np.testing.assert_allclose(results[1:], [results[0]] * 2, rtol=1e-5)

@@ -92,8 +92,17 @@ class TrainConfig:
     """The training recipe, by nanoGPT's names. Raises InputError where a value makes no sense."""
 
     data: str = _setting(
-        "what to learn: tinyshakespeare, a UTF-8 text file, or an http(s) URL of one",
+        "what to learn: tinyshakespeare, a UTF-8 text file, an http(s) URL of one, or a folder "
+        "that `python -m tinygpt.prepare` or nanoGPT has made",
         default="tinyshakespeare",
+    )
+    tokenizer: Literal["char", "gpt2"] = _setting(
+        "what a token is: a character, or one of GPT-2's 50,257 subwords", default="char"
+    )
+    init_from: str = _setting(
+        "weights to start from: gpt2, gpt2-medium, gpt2-large, gpt2-xl, a run, or a folder or file "
+        "of Hugging Face's or nanoGPT's making (default: random ones)",
+        default="",
     )
     out_dir: str = _setting("folder of the run (default: runs/<preset>)", default="")
     max_iters: int = _setting("training steps", default=2000)
@@ -184,7 +193,15 @@ PRESETS = {
         dict(block_size=1024, n_layer=12, n_head=12, n_embd=768, bias=True),
         TrainConfig(
             max_iters=20000, batch_size=8, learning_rate=6e-4, warmup_iters=2000,
-            beta2=0.95, eval_interval=1000,
+            beta2=0.95, eval_interval=1000, tokenizer="gpt2",
+        ),
+    ),
+    "finetune": Preset(
+        "a trained model learns another text, GPT-2 or what --init-from names",
+        dict(block_size=256, n_layer=12, n_head=12, n_embd=768, bias=True),
+        TrainConfig(
+            init_from="gpt2", max_iters=200, batch_size=4, learning_rate=3e-5, warmup_iters=10,
+            eval_interval=50,
         ),
     ),
 }  # fmt: skip

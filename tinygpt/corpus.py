@@ -233,7 +233,7 @@ class _Download:
     body: BinaryIO  # what has come so far
     total: int = 0  # bytes of the whole text; 0 if the server does not say
     etag: str = ""  # the server's name for this version of the text; empty if it can't be resumed
-    is_known: bool = False  # total and checksum are: it can be resumed, whatever the server names it
+    is_known: bool = False  # total and checksum are: it can be resumed without an etag
 
     def run(self) -> None:
         """Fill `body` with the whole text; raise InputError if that is not possible."""

@@ -21,7 +21,9 @@ from numpy.random import Generator
 from numpy.typing import NDArray
 from tinygrad import Tensor, TinyJit, UOp, dtypes, nn
 from tinygrad.engine.realize import capturing
+from tinygrad.helpers import TRAINING
 
+from tinygpt import kernels
 from tinygpt.config import Activation, BigramConfig, GPTConfig, InputError, ModelConfig
 from tinygpt.sampling import Decoder, Tokens, sample_tokens
 
@@ -30,30 +32,56 @@ INIT_STD = 0.02  # GPT-2's standard deviation for weight matrices
 # Operations ---------------------------------------------------------------------------------------
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x (..., in) @ weight (out, in) transposed + bias (out,) -> (..., out)."""
+def embedding(idx: Tensor, wte: Tensor, wpe: Tensor) -> Tensor:
+    """Row idx of wte (V, C) plus the position's row of wpe (P, C); idx (B, T) -> (B, T, C)."""
+    if kernels.usable(wte):
+        return kernels.embedding(idx, wte, wpe)
+    return wte[idx] + wpe[: idx.shape[1]]
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: Activation | None = None,
+    dropout: float = 0.0,
+) -> Tensor:
+    """x (..., in) @ weight (out, in) transposed + bias (out,), activation, dropout -> (..., out)."""
+    if kernels.usable(x):
+        drop = seeded_dropout(dropout, x.device)
+        return kernels.linear(x, weight, bias, activation, dropout=drop)
     y = x @ weight.T
     if bias is not None:
         y = y + bias
+    y = y.contiguous().contiguous_backward()
+    return (y if activation is None else activate(y, activation)).dropout(dropout)
+
+
+def seeded_dropout(p: float, device: Any) -> kernels.Dropout | None:
+    """What `Tensor.dropout(p)` is for a kernel: None outside of training, else with a new seed."""
+    if not TRAINING or p == 0:
+        return None
+    return kernels.Dropout(Tensor.rand(1, device=device).bitcast(dtypes.uint32), p)
+
+
+def activate(x: Tensor, activation: Activation) -> Tensor:
+    """GELU (Hendrycks & Gimpel 2016), exact or through tanh, or ReLU."""
+    if activation == "relu":
+        y = x.relu()
+    else:
+        y = x.gelu("tanh" if activation == "gelu_tanh" else "none")
     return y.contiguous().contiguous_backward()
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
     """(x - mean) / sqrt(variance + eps) * weight + bias over the last axis (Ba et al. 2016)."""
+    if kernels.usable(x):
+        return kernels.layer_norm(x, weight, bias, eps)
     centred = x - x.mean(axis=-1, keepdim=True)
     variance = centred.square().mean(axis=-1, keepdim=True)
     y = centred * (variance + eps).rsqrt() * weight
     if bias is not None:
         y = y + bias
-    return y.contiguous().contiguous_backward()
-
-
-def activate(x: Tensor, activation: Activation) -> Tensor:
-    """The MLP's nonlinearity: GELU (Hendrycks & Gimpel 2016), exact or through tanh, or ReLU."""
-    if activation == "relu":
-        y = x.relu()
-    else:
-        y = x.gelu("tanh" if activation == "gelu_tanh" else "none")
     return y.contiguous().contiguous_backward()
 
 
@@ -71,6 +99,27 @@ def attention(
     return (weights.dropout(dropout) @ v).contiguous().contiguous_backward()
 
 
+def causal_attention(qkv: Tensor, n_head: int, dropout: float = 0.0) -> Tensor:
+    """Self-attention of all heads at once, each position seeing itself and the past.
+
+    qkv (B, T, 3 C): q, k and v side by side, in each of them the heads -> (B, T, C).
+    """
+    if kernels.usable(qkv):
+        return kernels.attention(qkv, n_head, seeded_dropout(dropout, qkv.device))
+    B, T, C3 = qkv.shape
+    q, k, v = split_heads(qkv, n_head)  # (B, H, T, D) each
+    y = attention(q, k, v, causal_mask(T, qkv.device), dropout)
+    return y.transpose(1, 2).reshape(B, T, C3 // 3)  # the heads side by side again
+
+
+def split_heads(qkv: Tensor, n_head: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(B, T, 3 C) -> q, k, v, each (B, H, T, D)."""
+    B, T, C3 = qkv.shape
+    parts = qkv.reshape(B, T, 3, n_head, C3 // (3 * n_head)).permute(2, 0, 3, 1, 4)
+    q, k, v = (parts[i].contiguous_backward() for i in range(3))
+    return q, k, v
+
+
 def causal_mask(size: int | UOp, device: str | tuple[str, ...] | None = None) -> Tensor:
     """(size, size), True where position t may look at position s: itself and the past, s <= t."""
     return Tensor.ones(size, size, dtype=dtypes.bool, device=device, buffer=False).tril()
@@ -81,6 +130,8 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 
     logits (B, T, V), targets (B, T) -> scalar; a position whose target is -1 adds 0 to the sum.
     """
+    if kernels.usable(logits):
+        return kernels.cross_entropy(logits, targets)
     classes = Tensor.arange(logits.shape[-1])
     is_target = targets.unsqueeze(-1) == classes  # (B, T, V)
     return -is_target.where(logits.log_softmax(axis=-1), 0.0).sum(axis=-1).mean()
@@ -124,8 +175,10 @@ class Linear:
         self.weight = normal(rng, (n_out, n_in), std)
         self.bias = constant(0.0, n_out) if bias else None
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias)
+    def __call__(
+        self, x: Tensor, activation: Activation | None = None, dropout: float = 0.0
+    ) -> Tensor:
+        return linear(x, self.weight, self.bias, activation, dropout)
 
 
 class LayerNorm:
@@ -167,20 +220,15 @@ class CausalSelfAttention:
 
     def __call__(self, x: Tensor, cache: Tensor | None = None, position: int | UOp = 0) -> Tensor:
         B, T, C = x.shape
-        q, k, v = self._heads(self.c_attn(x))  # (B, H, T, D) each
+        qkv = self.c_attn(x)  # (B, T, 3 C)
         if cache is None:
-            y = attention(q, k, v, causal_mask(T, x.device), self.dropout)
+            y = causal_attention(qkv, self.n_head, self.dropout)
         else:  # T is 1: the token at `position` looks at everything that the cache holds
+            q, k, v = split_heads(qkv, self.n_head)  # (B, H, 1, D) each
             cache[:, :, :, position : position + 1].assign(Tensor.stack(k, v)).realize()
             y = attention(q, cache[0, :, :, : position + 1], cache[1, :, :, : position + 1])
-        y = y.transpose(1, 2).reshape(B, T, C)  # the heads side by side again
-        return self.c_proj(y).dropout(self.dropout)
-
-    def _heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        B, T, C3 = qkv.shape
-        parts = qkv.reshape(B, T, 3, self.n_head, C3 // (3 * self.n_head)).permute(2, 0, 3, 1, 4)
-        q, k, v = (parts[i].contiguous_backward() for i in range(3))
-        return q, k, v
+            y = y.transpose(1, 2).reshape(B, T, C)
+        return self.c_proj(y, dropout=self.dropout)
 
 
 class MLP:
@@ -193,8 +241,8 @@ class MLP:
         self.activation, self.dropout = config.activation, config.dropout
 
     def __call__(self, x: Tensor) -> Tensor:
-        hidden = activate(self.c_fc(x), self.activation)  # (B, T, 4 C)
-        return self.c_proj(hidden).dropout(self.dropout)
+        hidden = self.c_fc(x, self.activation)  # (B, T, 4 C)
+        return self.c_proj(hidden, dropout=self.dropout)
 
 
 class Block:
@@ -377,7 +425,7 @@ class GPT(LanguageModel):
         return load_pretrained(source)[0]
 
     def logits(self, idx: Tensor) -> Tensor:
-        x = self.wte.weight[idx] + self.wpe.weight[: idx.shape[1]]  # (B, T, C)
+        x = embedding(idx, self.wte.weight, self.wpe.weight)  # (B, T, C)
         x = x.dropout(self.config.dropout)
         for block in self.h:
             x = block(x)

@@ -23,6 +23,7 @@ from tinygrad import Context, Tensor, TinyJit, dtypes
 from tinygrad.engine.realize import get_runtime, resolve_params
 from tinygrad.uop.ops import Ops
 
+from tinygpt.checkpoint import training_state
 from tinygpt.config import RunConfig
 from tinygpt.model import build_model, cross_entropy
 from tinygpt.optimizer import AdamW, clip_coefficient, global_norm, moments_by_name, step_rates
@@ -79,10 +80,9 @@ class ParallelTrainer:
         self.replicas = [Replica(self, config, core) for core in range(cores)]
         self.model.use(self.weights.tensors("CPU"))
         self.config, self.devices = c, [replica.device for replica in self.replicas]
+        moments = moments_by_name(self.m.tensors("CPU"), self.v.tensors("CPU"))
+        self.state = training_state(self.model.parameters(), moments, self.devices, c.seed)
         self.pool = ThreadPoolExecutor(cores)
-
-    def moments(self) -> dict[str, Tensor]:
-        return moments_by_name(self.m.tensors("CPU"), self.v.tensors("CPU"))
 
     def step(self, x: Tokens, y: Tokens, iteration: int) -> None:
         self._feed(x, y)

@@ -55,7 +55,9 @@ def probabilities(
     scores = np.asarray(logits, dtype=np.float64)
     vocab_size = scores.shape[-1]
     if temperature == 0:
-        return np.asarray(np.eye(vocab_size)[scores.argmax(axis=-1)])
+        p = np.zeros(scores.shape)
+        np.put_along_axis(p, scores.argmax(axis=-1, keepdims=True), 1.0, axis=-1)
+        return p
     scores = scores - scores.max(axis=-1, keepdims=True)  # before dividing: no overflow
     with np.errstate(over="ignore"):  # a tiny temperature may still reach -inf, which exp takes
         scores = scores / temperature

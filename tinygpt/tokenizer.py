@@ -122,9 +122,7 @@ END_OF_TEXT = "<|endoftext|>"
 
 # How GPT-2 cuts a text before the pairs are merged, in the pieces: contractions, words, numbers and
 # other signs, each with the space before it, and what white space is left.
-PIECES = (
-    r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
-)
+PIECES = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 
 
 class GPT2Tokenizer:
@@ -188,13 +186,20 @@ class GPT2Tokenizer:
         write_text(path, json.dumps({"type": "gpt2"}) + "\n")
 
 
+def same_vocabulary(a: Tokenizer, b: Tokenizer) -> bool:
+    """Whether every id stands for the same text in both."""
+    ids = range(a.vocab_size)
+    return a.vocab_size == b.vocab_size and a.decode(ids) == b.decode(ids)
+
+
 def model_vocab_size(tokenizer: Tokenizer) -> int:
     """Rows in the embedding of a new model for this tokenizer.
 
     GPT-2's 50,257 = 29 x 1733 divides into no kernel's tiles, 50,304 = 64 x 786 does; rows that are
     added stand for no token, and are never sampled. A small vocabulary gains nothing from it.
     """
-    return -(-tokenizer.vocab_size // 64) * 64 if tokenizer.vocab_size > 2**14 else tokenizer.vocab_size
+    size = tokenizer.vocab_size
+    return size if size < 1 << 14 else -(-size // 64) * 64
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> CharTokenizer | GPT2Tokenizer:

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +28,7 @@ from tinygpt.config import (
     PRESETS,
     GPTConfig,
     InputError,
+    ModelConfig,
     RunConfig,
     TrainConfig,
     model_config,
@@ -35,6 +36,7 @@ from tinygpt.config import (
 from tinygpt.corpus import load_corpus
 from tinygpt.device import device_name, select_device
 from tinygpt.generate import stream_text
+from tinygpt.interop import load_pretrained
 from tinygpt.model import LanguageModel, build_model, cross_entropy
 from tinygpt.optimizer import (
     AdamW,
@@ -45,11 +47,19 @@ from tinygpt.optimizer import (
     step_rates,
 )
 from tinygpt.parallel import ParallelTrainer
+from tinygpt.prepare import load_tokens
 from tinygpt.report import plot_loss
 from tinygpt.sampling import Tokens
-from tinygpt.tokenizer import CharTokenizer, Tokenizer
+from tinygpt.tokenizer import (
+    CharTokenizer,
+    GPT2Tokenizer,
+    Tokenizer,
+    load_tokenizer,
+    model_vocab_size,
+    same_vocabulary,
+)
 
-SAMPLE_LENGTH = 500  # tokens in sample.txt
+SAMPLE_LENGTH = 500  # characters in sample.txt, at least
 
 
 class Trainer(Protocol):
@@ -57,8 +67,8 @@ class Trainer(Protocol):
 
     model: LanguageModel
     devices: list[str]
+    state: dict[str, Tensor]  # all that a step changes, by name
 
-    def moments(self) -> dict[str, Tensor]: ...
     def step(self, x: Tokens, y: Tokens, iteration: int) -> None: ...
     def train_loss(self) -> float: ...  # of the last step, in nats; waits for it
     def evaluate(self, x: Tokens, y: Tokens) -> float: ...  # mean loss over (B, T), no dropout
@@ -71,11 +81,12 @@ class OneDevice:
         self.config, self.devices = config.train, [Device.DEFAULT]
         self.model = build_model(config.model, config.train.seed)
         self.optimizer = AdamW(self.model.parameters(), config.train)
+        moments = moments_by_name(self.optimizer.m, self.optimizer.v)
+        self.state = checkpoint.training_state(
+            self.model.parameters(), moments, self.devices, config.train.seed
+        )
         self.compiled_step = training_step(self.model, self.optimizer, config.train.grad_clip)
         self.compiled_loss = TinyJit(lambda x, y: cross_entropy(self.model.logits(x), y).realize())
-
-    def moments(self) -> dict[str, Tensor]:
-        return moments_by_name(self.optimizer.m, self.optimizer.v)
 
     def step(self, x: Tokens, y: Tokens, iteration: int) -> None:
         rates = Tensor(step_rates(iteration, self.config))
@@ -110,13 +121,18 @@ def training_step(
 
 
 def choose_trainer(config: RunConfig) -> Trainer:
-    """All cores of a CPU, as far as they can share the batches equally; else the one device."""
-    if Device.DEFAULT == "CPU":
-        wanted = config.train.devices or os.cpu_count() or 1
-        cores = max(n for n in range(1, wanted + 1) if config.train.batch_size % n == 0)
-        if cores > 1:
-            return ParallelTrainer(config, cores)
-    return OneDevice(config)
+    """On a CPU all cores that can share the batches equally, or as many as wanted; else one device.
+
+    Raises:
+        InputError: `devices` does not divide batch_size.
+    """
+    wanted, batch_size = config.train.devices, config.train.batch_size
+    if wanted and batch_size % wanted:
+        raise InputError(f"devices {wanted} do not divide batch_size {batch_size}; they must")
+    if Device.DEFAULT != "CPU":
+        return OneDevice(config)
+    cores = range(1, (os.cpu_count() or 1) + 1)
+    return ParallelTrainer(config, wanted or max(n for n in cores if batch_size % n == 0))
 
 
 def exact_loss(
@@ -140,9 +156,16 @@ def estimated_loss(trainer: Trainer, data: NDArray[np.integer], config: RunConfi
 
 
 def train(
-    config: RunConfig, tokens: NDArray[np.int32], tokenizer: Tokenizer, resume: bool = False
+    config: RunConfig,
+    train_data: NDArray[np.integer],
+    val_data: NDArray[np.integer],
+    tokenizer: Tokenizer,
+    resume: bool = False,
+    pretrained: LanguageModel | None = None,
 ) -> dict[str, Any]:
-    """Trains config.model on `tokens` (N,) and leaves the run's files in config.train.out_dir.
+    """Trains config.model on tokens (N,) and leaves the run's files in config.train.out_dir.
+
+    It starts from the weights of `pretrained`, whose positions and blocks may be longer ones.
 
     All that is random depends on the seed and the iteration alone, or is saved with the weights: a
     run that was stopped and resumed ends exactly as one that was not.
@@ -156,14 +179,16 @@ def train(
     """
     start, c = time.perf_counter(), config.train
     folder, block_size = Path(c.out_dir), config.model.block_size
-    train_data, val_data = split_tokens(tokens)
     check_lengths(train_data, val_data, block_size)
 
     trainer = choose_trainer(config)
-    model = trainer.model
-    state = checkpoint.training_state(
-        model.parameters(), trainer.moments(), trainer.devices, c.seed
-    )
+    c = dataclasses.replace(c, devices=len(trainer.devices))  # a resumed run keeps the number
+    config, model = dataclasses.replace(config, train=c), trainer.model
+    if pretrained:
+        weights = pretrained.parameters()
+        for name, tensor in model.parameters().items():
+            tensor.assign(weights[name][: tensor.shape[0]].to(tensor.device)).realize()
+    state = trainer.state
     saved = resume and (folder / checkpoint.LAST).exists()  # no: stopped before the first save
     progress = checkpoint.load_state(folder, state) if saved else Progress()
     checkpoint.start_run(folder, config, tokenizer, progress)
@@ -196,7 +221,11 @@ def train(
         checkpoint.save_state(folder, state, progress)
         return {"iterations": progress.iteration, "signal": signals[0]}
 
-    sample = "".join(stream_text(model.decoder(1), tokenizer, "", SAMPLE_LENGTH, seed=c.seed))
+    sample = ""
+    for text in stream_text(model.decoder(1), tokenizer, "", SAMPLE_LENGTH, seed=c.seed):
+        sample += text
+        if len(sample) >= SAMPLE_LENGTH:
+            break
     print(f"\n{sample}\n", flush=True)
     summary = {
         "parameters": sum(int(p.numel()) for p in model.parameters().values()),
@@ -339,6 +368,48 @@ def configure(preset: str, flags: dict[str, Any], resume: bool) -> RunConfig:
     )
 
 
+def finetuned(
+    model: GPTConfig, wanted: ModelConfig, flags: dict[str, Any], source: str
+) -> GPTConfig:
+    """A trained model's shape, with the dropout that is wanted, and blocks that may be shorter.
+
+    Raises:
+        InputError: a flag wants another shape.
+    """
+    for name in {field.name for field in dataclasses.fields(GPTConfig)} & flags.keys():
+        value, theirs = flags[name], getattr(model, name)
+        if name == "block_size" and value > theirs:
+            raise InputError(f"block_size is {theirs} in {source}; {value} is longer")
+        if name not in ("block_size", "dropout") and value != theirs:
+            raise InputError(f"{name} is {theirs} in {source}, not {value}; leave out that flag")
+    block_size = min(wanted.block_size, model.block_size)
+    dropout = wanted.dropout if isinstance(wanted, GPTConfig) else 0.0
+    return dataclasses.replace(model, block_size=block_size, dropout=dropout)
+
+
+def load_data(
+    config: TrainConfig, tokenizer: Tokenizer | None
+) -> tuple[NDArray[np.integer], NDArray[np.integer], Tokenizer]:
+    """The tokens to train and to validate on, and their tokenizer.
+
+    Args:
+        tokenizer: that of the weights to go on from; None if there are none.
+
+    Raises:
+        InputError: the data cannot be had, or its tokens are not those of the weights.
+    """
+    if Path(config.data).is_dir():
+        train_data, val_data, own = load_tokens(Path(config.data))
+        if tokenizer and not same_vocabulary(own, tokenizer):
+            raise InputError(f"the tokens in {config.data} are not of the model's vocabulary")
+        return train_data, val_data, own
+    text = load_corpus(config.data, max_bytes=config.max_download_mb * 10**6)
+    if tokenizer is None:
+        is_gpt2 = config.tokenizer == "gpt2"
+        tokenizer = GPT2Tokenizer() if is_gpt2 else CharTokenizer.from_text(text)
+    return *split_tokens(tokenizer.encode_array(text)), tokenizer
+
+
 def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, dict[str, Any]]:
     presets = "\n".join(f"  {name:<8} {preset.purpose}" for name, preset in PRESETS.items())
     parser = argparse.ArgumentParser(
@@ -349,7 +420,11 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, dict[st
         "A run is stopped with Ctrl-C, which saves it, and continued with --resume.\n"
         "Defaults are the preset's; those of `micro` are in tinygpt/config.py.",
     )
-    parser.add_argument("--preset", choices=PRESETS, default="micro", help="see below; micro")
+    parser.add_argument(
+        "--preset",
+        choices=PRESETS,
+        help="see below (default: micro, or finetune with --init-from)",
+    )
     parser.add_argument("--device", help="CPU, METAL, CUDA, GPU (OpenCL), ... (default: $DEV)")
     parser.add_argument("--resume", action="store_true", help="go on with the run in out-dir")
     parser.add_argument(
@@ -366,20 +441,29 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, dict[st
 
 def main(argv: list[str] | None = None) -> int:
     args, flags = parse_arguments(argv)
-    config = configure(args.preset, flags, args.resume)
+    preset = args.preset or ("finetune" if "init_from" in flags else "micro")
+    config = configure(preset, flags, args.resume)
     folder = Path(config.train.out_dir)
     if not (args.resume or args.overwrite):
         checkpoint.check_free(folder)
     select_device(args.device)
-    text = load_corpus(config.train.data, max_bytes=config.train.max_download_mb * 10**6)
-    if args.resume:
-        tokenizer = CharTokenizer.load(folder / checkpoint.TOKENIZER)
-    else:
-        tokenizer = CharTokenizer.from_text(text)
-    model = dataclasses.replace(config.model, vocab_size=tokenizer.vocab_size)
-    config = dataclasses.replace(config, model=model)
-    tokens = np.array(tokenizer.encode(text), np.int32)
-    summary = train(config, tokens, tokenizer, resume=args.resume)
+    model, pretrained = config.model, None
+    tokenizer: Tokenizer | None = None
+    if config.train.init_from and not (args.resume and (folder / checkpoint.LAST).exists()):
+        source = config.train.init_from
+        pretrained, tokenizer = load_pretrained(source)
+        model = finetuned(pretrained.config, model, flags, source)
+    elif args.resume:
+        tokenizer = load_tokenizer(folder / checkpoint.TOKENIZER)
+    train_data, val_data, tokenizer = load_data(config.train, tokenizer)
+    kind: Literal["char", "gpt2"] = "char" if isinstance(tokenizer, CharTokenizer) else "gpt2"
+    if flags.get("tokenizer", kind) != kind:
+        raise InputError(f"--tokenizer {flags['tokenizer']} does not go with tokens of {kind}")
+    if model.vocab_size not in (tokenizer.vocab_size, model_vocab_size(tokenizer)):
+        model = dataclasses.replace(model, vocab_size=model_vocab_size(tokenizer))
+    recipe = dataclasses.replace(config.train, tokenizer=kind)
+    config = dataclasses.replace(config, model=model, train=recipe)
+    summary = train(config, train_data, val_data, tokenizer, args.resume, pretrained)
     if "signal" in summary:
         print(f"stopped at iteration {summary['iterations']}; add --resume to the command to go on")
         return 128 + int(summary["signal"])

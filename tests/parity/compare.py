@@ -27,6 +27,8 @@ UNIT_ROUNDOFF = {"float32": 2.0**-24}
 ROUNDINGS = {
     "exact": 0,
     "operation": 16,
+    "embedding": 1,
+    "embedding gradient": 16,
     "linear": 16,
     "linear gradient": 16,
     "layer_norm": 32,
@@ -37,7 +39,7 @@ ROUNDINGS = {
     "attention gradient": 16,
     "cross_entropy": 16,
     "cross_entropy gradient": 16,
-    "logits": 32,
+    "logits": 64,
     "loss": 32,
     "gradient": 160,
     "loss of a run": 200,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import pytest
@@ -11,11 +12,11 @@ from tinygrad import Tensor
 
 from tests import reference as ref
 from tests.reference import Array
-from tinygpt.config import Activation
-from tinygpt.model import activate, attention, causal_mask, cross_entropy, layer_norm, linear
+from tinygpt.config import Activation, GPTConfig
+from tinygpt.model import Head, attention, causal_mask, cross_entropy, embedding, layer_norm, linear
 
 from .compare import assert_close
-from .models import as_float32, tokens
+from .models import as_float32, build, tokens
 
 Inputs = dict[str, Array]
 
@@ -43,6 +44,22 @@ def upstream(shape: tuple[int, ...]) -> Array:
     return random(*shape, seed=9)
 
 
+@pytest.mark.parametrize("B, T, C, V", [(1, 1, 1, 2), (2, 3, 5, 4)])
+def test_embedding(B: int, T: int, C: int, V: int) -> None:
+    """Six tokens of four: at least two places add to one row's gradient. Some positions are
+    beyond T: their gradient is 0."""
+    idx = np.random.default_rng(T).integers(V, size=(B, T))
+    inputs = {"wte": random(V, C), "wpe": random(T + 2, C)}
+    y = ref.embedding(idx, inputs["wte"]) + inputs["wpe"][:T]
+    dy, positions = upstream(y.shape), np.broadcast_to(np.arange(T), (B, T))
+    gradients = {
+        "wte": ref.embedding_backward(dy, idx, inputs["wte"]),
+        "wpe": ref.embedding_backward(dy, positions, inputs["wpe"]),
+    }
+    operation = partial(embedding, tokens(idx))
+    assert_operation_agrees("embedding", operation, inputs, y, gradients)
+
+
 @pytest.mark.parametrize(
     "lead, n_in, n_out, bias",
     [((1, 1), 1, 1, True), ((3, 5), 7, 3, False), ((2, 9), 33, 65, True)],
@@ -52,9 +69,9 @@ def test_linear(lead: tuple[int, ...], n_in: int, n_out: int, bias: bool) -> Non
     if bias:
         inputs["bias"] = random(n_out)
     y = ref.linear(**inputs)
-    dy = upstream(y.shape)
-    gradients = zip(inputs, ref.linear_backward(dy, inputs["x"], inputs["weight"]), strict=False)
-    assert_operation_agrees("linear", linear, inputs, y, dict(gradients))
+    computed = ref.linear_backward(upstream(y.shape), inputs["x"], inputs["weight"])
+    gradients = dict(zip(inputs, computed, strict=False))
+    assert_operation_agrees("linear", linear, inputs, y, gradients)
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (2, 3, 5), (1, 4, 80)])
@@ -71,11 +88,12 @@ def test_layer_norm(shape: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("name", ["relu", "gelu", "gelu_tanh"])
 def test_activation(name: Activation) -> None:
-    """From far left, where nothing passes, to far right, where everything does."""
-    x = as_float32(np.linspace(-9, 9, 181))
+    """After a matrix product, here by 1: from far left, where nothing passes, to far right."""
+    x = as_float32(np.linspace(-9, 9, 181))[:, None]
     y = getattr(ref, name)(x)
     gradients = {"x": getattr(ref, name + "_backward")(upstream(y.shape), x)}
-    assert_operation_agrees("activation", lambda x: activate(x, name), {"x": x}, y, gradients)
+    operation = partial(linear, weight=Tensor([[1.0]]), activation=name)
+    assert_operation_agrees("activation", operation, {"x": x}, y, gradients)
 
 
 @pytest.mark.parametrize("B, T, H, D", [(1, 1, 1, 1), (2, 5, 3, 1), (1, 17, 1, 9)])
@@ -90,6 +108,36 @@ def test_attention(B: int, T: int, H: int, D: int) -> None:
         y,
         {"q": dq, "k": dk, "v": dv},
     )
+
+
+def test_head() -> None:
+    """The lecture's single head, with projections that make 5 channels into 3."""
+    B, T, C, D = 2, 5, 5, 3
+    x, projections = random(B, T, C), {n: random(D, C, seed=i) for i, n in enumerate("qkv")}
+    y = ref.head(*(ref.linear(x, w) for w in projections.values()))
+    head = Head(C, D)
+    for layer, w in zip((head.query, head.key, head.value), projections.values(), strict=True):
+        layer.weight = Tensor(w.astype(np.float32))
+    assert_close("attention", {"y": head(Tensor(x.astype(np.float32)))}, {"y": y})
+
+
+@pytest.mark.parametrize("B, T, H, D", [(1, 1, 1, 1), (2, 5, 3, 1), (1, 17, 1, 9)])
+def test_attention_layer(B: int, T: int, H: int, D: int) -> None:
+    """All heads at once, between the matrices that make q, k and v and that mix the heads."""
+    config = GPTConfig(T, 2, n_layer=1, n_head=H, n_embd=H * D, bias=True)
+    model, p = build(config)
+    layer = model.h[0].attn
+    named = {n.removeprefix("h.0.attn."): a for n, a in p.items() if ".attn." in n}
+    x = random(B, T, H * D)
+    y = ref.attention_layer(x, named, H)
+    dx, gradients = ref.attention_layer_backward(upstream(y.shape), x, named, H)
+
+    def operation(x: Tensor, **weights: Tensor) -> Tensor:
+        model.use({f"h.0.attn.{name}": weight for name, weight in weights.items()})
+        return layer(x)
+
+    inputs = {"x": x, **named}
+    assert_operation_agrees("attention", operation, inputs, y, {"x": dx, **gradients})
 
 
 @pytest.mark.parametrize("B, T, V, scale", [(1, 1, 2, 200), (2, 3, 7, 1), (1, 5, 257, 200)])

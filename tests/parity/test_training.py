@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from string import ascii_letters
 
 import numpy as np
 import pytest
-from tinygrad import Tensor
+from tinygrad import Device, Tensor
 
 from tests import reference as ref
 from tests.reference import Array, Moments
@@ -18,11 +18,13 @@ from tinygpt import checkpoint, train
 from tinygpt.batches import split_tokens
 from tinygpt.config import GPTConfig, RunConfig, TrainConfig
 from tinygpt.model import GPT
-from tinygpt.optimizer import AdamW, clip_coefficient, global_norm, learning_rate
+from tinygpt.optimizer import clip_coefficient, global_norm, learning_rate
+from tinygpt.parallel import ParallelTrainer
 from tinygpt.tokenizer import CharTokenizer
+from tinygpt.train import OneDevice, Trainer
 
 from .compare import assert_close
-from .models import FULL, TINY, as_float32, beyond_the_emulator, build, random_batch, tokens
+from .models import FULL, TINY, B, as_float32, beyond_the_emulator, build, load, random_batch
 
 
 def rate(iteration: int, c: TrainConfig) -> float:
@@ -85,31 +87,49 @@ def test_learning_rate() -> None:
         np.testing.assert_allclose(got, [rate(i, c) for i in range(max_iters + 5)], rtol=1e-14)
 
 
-@pytest.mark.parametrize("config", [TINY, FULL], ids=["tied, plain", "untied, biases"])
-def test_steps(config: GPTConfig) -> None:
+def one_device(config: RunConfig) -> Trainer:
+    return OneDevice(config)
+
+
+def two_cores(config: RunConfig) -> Trainer:
+    return ParallelTrainer(config, 2)
+
+
+@pytest.mark.parametrize(
+    "config, trainer_on",
+    [
+        pytest.param(TINY, one_device, id="tied, plain"),
+        pytest.param(FULL, one_device, id="untied, biases"),
+        pytest.param(
+            FULL, two_cores, id="untied, biases, two cores",
+            marks=pytest.mark.skipif(Device.DEFAULT != "CPU", reason="for the cores of a CPU"),
+        ),
+    ],
+)  # fmt: skip
+def test_steps(config: GPTConfig, trainer_on: Callable[[RunConfig], Trainer]) -> None:
     """Parameters and both moments after 1 and after 20 steps, with a new batch in every step."""
-    c = TrainConfig(max_iters=20, warmup_iters=5, learning_rate=1e-3, grad_clip=2.5)
-    model, p = build(config)
-    optimizer = AdamW(model.parameters(), c)
-    step = train.training_step(model, optimizer, c.grad_clip)
+    c = TrainConfig(max_iters=20, warmup_iters=5, learning_rate=1e-3, grad_clip=2.5, batch_size=B)
+    trainer, p = trainer_on(RunConfig("micro", config, c)), build(config)[1]
+    load(trainer.model, p)
     moments, norms = Moments.zero(p), []
     for i in range(20):
         idx, targets = random_batch(seed=i)
-        loss = step(tokens(idx), tokens(targets), optimizer.rates(i))
+        trainer.step(idx.astype(np.int32), targets.astype(np.int32), i)
+        loss = np.array(trainer.train_loss(), np.float32)
         p, moments, expected, norm = reference_step(p, moments, (idx, targets), i, config, c)
         norms.append(norm)
         assert_close("loss of a run", {f"loss {i}": loss}, {f"loss {i}": np.array(expected)})
         if i in (0, 19):
-            got = model.parameters() | optimizer.state()
+            got = {n: t for n, t in trainer.state.items() if not n.startswith("random.")}
             kind = "after 20 steps" if i else "after 1 step"
             assert_close(kind, comparable(got), comparable(p | named_moments(moments)))
     assert min(norms) < c.grad_clip < max(norms), "some steps must be clipped and some not"
 
 
 def named_moments(moments: Moments) -> dict[str, Array]:
-    """By the names of the optimizer's state."""
-    first = {f"m.{name}": m for name, m in moments.first.items()}
-    return first | {f"v.{name}": v for name, v in moments.second.items()}
+    """By the names of the trainer's state."""
+    first = {f"optimizer.m.{name}": m for name, m in moments.first.items()}
+    return first | {f"optimizer.v.{name}": v for name, v in moments.second.items()}
 
 
 @beyond_the_emulator
@@ -128,10 +148,11 @@ def test_whole_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         out_dir=str(tmp_path / "run"), max_iters=50, batch_size=4, warmup_iters=10,
         learning_rate=5e-3, log_interval=1, eval_interval=50, eval_iters=1, seed=3,
     )  # fmt: skip
-    summary = train.train(RunConfig("micro", config, c), ids, tokenizer)
+    data, val = split_tokens(ids)
+    summary = train.train(RunConfig("micro", config, c), data, val, tokenizer)
 
     p = {n: t.numpy().astype(np.float64) for n, t in GPT(config, c.seed).parameters().items()}
-    moments, losses, data = Moments.zero(p), [], split_tokens(ids)[0]
+    moments, losses = Moments.zero(p), []
     for i in range(c.max_iters):
         rng = np.random.default_rng([c.seed, i])
         starts = rng.integers(len(data) - config.block_size, size=c.batch_size)
@@ -149,7 +170,6 @@ def test_whole_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     saved, _ = checkpoint.load_tensors(tmp_path / "run" / checkpoint.LAST)
     assert_close("after 50 steps", {name: saved[name] for name in p}, p)
 
-    val = split_tokens(ids)[1]
     val_loss = np.array(whole_split_loss(p, val, config))
     got = np.array(summary["val_loss"], np.float32)
     assert_close("loss of a run", {"val_loss": got}, {"val_loss": val_loss})

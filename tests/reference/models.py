@@ -98,13 +98,15 @@ def mlp_backward(
     return dx, dproj | dfc
 
 
-def attention_layer(x: Array, p: Parameters, n_head: int, weights_mask: Array | None) -> Array:
+def attention_layer(
+    x: Array, p: Parameters, n_head: int, weights_mask: Array | None = None
+) -> Array:
     """y = c_proj(attention(c_attn(x))): one matrix makes q, k and v. x (B, T, C) -> (B, T, C)."""
     return _linear(attention(_linear(x, p, "c_attn"), n_head, weights_mask), p, "c_proj")
 
 
 def attention_layer_backward(
-    dy: Array, x: Array, p: Parameters, n_head: int, weights_mask: Array | None
+    dy: Array, x: Array, p: Parameters, n_head: int, weights_mask: Array | None = None
 ) -> tuple[Array, Gradients]:
     """(dx, gradients): the chain rule from the last layer to the first."""
     qkv = _linear(x, p, "c_attn")
