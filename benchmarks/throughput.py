@@ -21,7 +21,7 @@ from benchmarks.peer import PeerTrainer
 from tinygpt.batches import sample_blocks
 from tinygpt.config import GPTConfig, RunConfig, TrainConfig
 from tinygpt.device import device_name, select_device
-from tinygpt.train import choose_trainer
+from tinygpt.trainer import choose_trainer
 
 SHAPES = {
     "micro": (GPTConfig(64, 65, 4, 4, 128, activation="gelu"), 12),

@@ -1,8 +1,8 @@
 """`python -m tests.lowering`: lowers and compiles training and generation for DEV=NULL:...
 
 A NULL device runs nothing, so the values mean nothing; but every kernel goes through the target's
-renderer and compiler. Printed as JSON are how many kernels a training step and a generation step have, and
-on which devices they are.
+renderer and compiler. Printed as JSON are how many kernels a training step and a generation step
+have, and on which devices they are.
 """
 
 import json
@@ -23,7 +23,7 @@ from tinygrad import Tensor, TinyJit, UOp
 from tinygpt import GPT, GPTConfig
 from tinygpt.config import TrainConfig
 from tinygpt.optimizer import AdamW, step_rates
-from tinygpt.train import training_step
+from tinygpt.trainer import training_step
 
 config = GPTConfig(16, 65, n_layer=2, n_head=2, n_embd=32, dropout=0.1, bias=True)
 model, recipe = GPT(config), TrainConfig()

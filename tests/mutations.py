@@ -15,17 +15,21 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
 
+EMBEDDING = "test_operations.py::test_embedding"
 LINEAR = "test_operations.py::test_linear"
 LAYER_NORM = "test_operations.py::test_layer_norm"
 ACTIVATION = "test_operations.py::test_activation"
 ATTENTION = "test_operations.py::test_attention"
+ATTENTION_LAYER = "test_operations.py::test_attention_layer"
 CROSS_ENTROPY = "test_operations.py::test_cross_entropy"
 TINY = "test_models.py::test_gpt[tiny]"
+WIDE = "test_models.py::test_gpt[wide, no size a multiple of a vector]"
 ONE_DEVICE = "test_training.py::test_steps[untied, biases]"
 TWO_CORES = "test_training.py::test_steps[untied, biases, two cores]"
 WHOLE_RUN = "test_training.py::test_whole_run"
@@ -86,8 +90,8 @@ FAULTS = [
     ),
     Fault(
         "q, k, v are stacked by head", TINY, "model.py",
-        "reshape(B, T, 3, self.n_head, C3 // (3 * self.n_head)).permute(2, 0, 3, 1, 4)",
-        "reshape(B, T, self.n_head, 3, C3 // (3 * self.n_head)).permute(3, 0, 2, 1, 4)",
+        "reshape(B, T, 3, n_head, C3 // (3 * n_head)).permute(2, 0, 3, 1, 4)",
+        "reshape(B, T, n_head, 3, C3 // (3 * n_head)).permute(3, 0, 2, 1, 4)",
     ),
     Fault(
         "heads are merged without putting them side by side", TINY, "model.py",
@@ -112,10 +116,10 @@ FAULTS = [
     ),
     Fault(
         "dropout after the activation, too", DROPOUT, "model.py",
-        "self.c_proj(hidden)", "self.c_proj(hidden.dropout(self.dropout))",
+        "self.c_fc(x, self.activation)", "self.c_fc(x, self.activation, self.dropout)",
     ),
     Fault(
-        "dropout is off in training", DROPOUT, "train.py",
+        "dropout is off in training", DROPOUT, "trainer.py",
         "@Context(TRAINING=1)", "@Context(TRAINING=0)",
     ),
     # Training
@@ -184,6 +188,47 @@ FAULTS = [
         "top-p leaves out the token that reaches it", CHOOSING, "sampling.py",
         "before < top_p", "before + ranked < top_p",
     ),
+    # The kernels that stand in for the model's operations on a CPU
+    Fault(
+        "kernel: mask off by one", ATTENTION_LAYER, "kernels.py",
+        "(j <= row(m))", "(j <= row(m) + 1)",
+    ),
+    Fault(
+        "kernel: mask off by one on the way back", ATTENTION_LAYER, "kernels.py",
+        "(j <= i)", "(j <= i + 1)",
+    ),
+    Fault(
+        "kernel: missing 1 / sqrt(head size) on the way back", ATTENTION_LAYER, "kernels.py",
+        "(1 / math.sqrt(D))", "1.0",
+    ),
+    Fault(
+        "kernel: attention weights change without the others", ATTENTION_LAYER, "kernels.py",
+        "keep - delta[m]", "keep",
+    ),
+    Fault(
+        "kernel: a long product keeps only its last part", WIDE, "kernels.py",
+        "is_first.where(0.0, out[", "is_first.where(0.0, 0.0 * out[",
+    ),
+    Fault(
+        "kernel: layer norm's gradient keeps its mean", LAYER_NORM, "kernels.py",
+        "slope[c] - mean - ", "slope[c] - ",
+    ),
+    Fault(
+        "kernel: wrong slope of GELU", ACTIVATION, "kernels.py",
+        "math.sqrt(2 * math.pi)", "math.sqrt(math.pi)",
+    ),
+    Fault(
+        "kernel: the loss' own gradient is taken for 1", CROSS_ENTROPY, "kernels.py",
+        " * dloss[0] *", " *",
+    ),
+    Fault(
+        "kernel: only the last row of a batch trains a position", EMBEDDING, "kernels.py",
+        "dwpe[t, c] += ", "dwpe[t, c] = ",
+    ),
+    Fault(
+        "kernel: dropout forgets on the way back what it dropped", DROPOUT, "kernels.py",
+        "UOp.const(0) + m * outs + n", "UOp.const(1) + m * outs + n",
+    ),
 ]  # fmt: skip
 
 
@@ -201,11 +246,11 @@ def plant(fault: Fault, folder: Path) -> None:
     path.write_text(text.replace(fault.old, fault.new), encoding="utf-8")
 
 
-def run_tests(folder: Path, *tests: str) -> subprocess.CompletedProcess[str]:
+def run_tests(folder: Path, kernels: bool, *tests: str) -> subprocess.CompletedProcess[str]:
+    """On a CPU, whose kernels stand in for the model's plain Tensor code unless told not to."""
     paths = [f"tests/parity/{test}" for test in tests]
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *paths]
-    # The faults are in plain Tensor code; what stands in for it on a CPU is left out.
-    environment = os.environ | {"TINYGPT_KERNELS": "0", "PYTHONDONTWRITEBYTECODE": "1"}
+    environment = os.environ | {"DEV": "CPU", "TINYGPT_KERNELS": str(int(kernels))}
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
 
 
@@ -215,31 +260,47 @@ def complaint(output: str) -> str:
     return next((line for line in lines if "worst at" in line), lines[0] if lines else "")
 
 
-def survives(fault: Fault) -> bool:
+def in_kernels(fault: Fault) -> bool:
+    return fault.file == "kernels.py"
+
+
+def check_sound(kernels: bool, *tests: str) -> None:
+    """Ends the program if these tests fail on a copy without a fault."""
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        copy_package(folder)
-        plant(fault, folder)
-        run = run_tests(folder, fault.caught_by)
+        copy_package(Path(name))
+        run = run_tests(Path(name), kernels, *tests)
+    if run.returncode != 0:
+        sys.exit(f"the tests fail without any fault:\n{run.stdout}{run.stderr}")
+
+
+def try_fault(fault: Fault) -> subprocess.CompletedProcess[str]:
+    with tempfile.TemporaryDirectory() as name:
+        copy_package(Path(name))
+        plant(fault, Path(name))
+        return run_tests(Path(name), in_kernels(fault), fault.caught_by)
+
+
+def report(fault: Fault, run: subprocess.CompletedProcess[str]) -> bool:
+    """Prints what became of the fault; True if the tests caught it."""
     if run.returncode not in (0, 1):  # neither passed nor failed: the tests could not run
         sys.exit(f"{fault.name}: pytest ended with {run.returncode}\n{run.stdout}{run.stderr}")
     caught = run.returncode == 1
     print(f"{'caught  ' if caught else 'SURVIVED'}  {fault.name}")
     if caught:
         print(f"          {fault.caught_by}: {complaint(run.stdout)}"[:160], flush=True)
-    return not caught
+    return caught
 
 
 def main(words: list[str]) -> int:
     faults = [f for f in FAULTS if not words or any(word in f.name for word in words)]
-    with tempfile.TemporaryDirectory() as name:
-        copy_package(Path(name))
-        run = run_tests(Path(name), *sorted({f.caught_by for f in faults}))
-    if run.returncode != 0:
-        sys.exit(f"the tests fail without any fault:\n{run.stdout}")
-    survivors = sum([survives(fault) for fault in faults])
-    print(f"{len(faults) - survivors} of {len(faults)} faults caught")
-    return int(survivors > 0)
+    for kernels in (False, True):
+        if tests := {f.caught_by for f in faults if in_kernels(f) == kernels}:
+            check_sound(kernels, *sorted(tests))
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        runs = pool.map(try_fault, faults)
+        caught = [report(fault, run) for fault, run in zip(faults, runs, strict=True)]
+    print(f"{sum(caught)} of {len(faults)} faults caught")
+    return int(not all(caught))
 
 
 if __name__ == "__main__":

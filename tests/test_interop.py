@@ -1,10 +1,14 @@
 """Weights in and out, against transformers and torch where they are installed (extra `interop`)."""
 
+import hashlib
 import io
 import json
 import pickle
 import struct
+import threading
 import zipfile
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +19,10 @@ from safetensors.numpy import load_file, save_file
 from tinygrad import Tensor
 
 from tests.text import SONNETS
-from tinygpt import GPT, CharTokenizer, GPTConfig, InputError
+from tinygpt import GPT, CharTokenizer, GPTConfig, InputError, interop
 from tinygpt.export import export_huggingface, export_nanogpt
 from tinygpt.export import main as export
+from tinygpt.generate import main as generate
 from tinygpt.interop import load_pretrained, read_torch
 from tinygpt.tokenizer import GPT2Tokenizer
 
@@ -161,9 +166,9 @@ def test_a_checkpoint_as_nanogpt_saves_it(tmp_path: Path, bias: bool, compiled: 
     model = small_model(bias=bias, activation="gelu")
     c = model.config
     prefix = "_orig_mod." if compiled else ""
-    weights = {
-        f"{prefix}transformer.{n}": torch.tensor(t.numpy()) for n, t in model.parameters().items()
-    }
+    weights = torch.nn.Module().state_dict()  # an OrderedDict with an attribute
+    for name, tensor in model.parameters().items():
+        weights[f"{prefix}transformer.{name}"] = torch.tensor(tensor.numpy())
     weights[f"{prefix}lm_head.weight"] = weights[f"{prefix}transformer.wte.weight"]
     mask = torch.ones(c.block_size, c.block_size).tril()[None, None]
     weights[f"{prefix}transformer.h.0.attn.bias"] = mask
@@ -373,6 +378,72 @@ def test_what_nanogpt_cannot_build(tmp_path: Path) -> None:
         with pytest.raises(InputError, match="exact GELU and tied embeddings only"):
             export_nanogpt(small_model(**changes), CHARACTERS, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_text_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    export_huggingface(small_model(), CHARACTERS, tmp_path)
+    flags = "--max-new-tokens 9 --prompt Love --temperature 0"
+    assert generate(["--weights", str(tmp_path), *flags.split()]) == 0
+    idx = Tensor([CHARACTERS.encode("Love")])
+    text = CHARACTERS.decode(small_model().generate(idx, 9, temperature=0).numpy()[0])
+    assert capsys.readouterr().out == text + "\n"
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, bytes]]:
+    """A server with Hugging Face's addresses, the files it has, and a small `gpt2` to expect."""
+    files: dict[str, bytes] = {}
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            data = files[self.path]
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+        def log_message(self, *_: object) -> None: ...
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr(interop, "GPT2_URL", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setitem(interop.GPT2_SIZES, "gpt2", (1, 1, 2))
+    monkeypatch.setenv("TINYGPT_DATA", str(tmp_path / "cache"))
+    GPT2Tokenizer()  # into the cache, offline
+    monkeypatch.setenv("TINYGPT_OFFLINE", "0")
+    yield files
+    server.shutdown()
+    server.server_close()
+
+
+def test_gpt2_by_name(
+    hub: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in the real file: no prefix, and each block's causal mask."""
+    pytest.importorskip("tiktoken")
+    model = small_model(vocab_size=50257, block_size=1024, n_layer=1, n_head=1, n_embd=2, bias=True)
+    export_huggingface(model, GPT2Tokenizer(), tmp_path / "theirs")
+    path = tmp_path / "theirs/model.safetensors"
+    arrays = {n.removeprefix("transformer."): a for n, a in load_file(path).items()}
+    arrays["h.0.attn.bias"] = np.tril(np.ones((1, 1, 1024, 1024), np.float32))
+    save_file(arrays, path)
+    data = path.read_bytes()
+    note = "version https://git-lfs.github.com/spec/v1\noid sha256:{}\nsize {}\n"
+    note = note.format(hashlib.sha256(data).hexdigest(), len(data))
+    hub["/gpt2/raw/main/model.safetensors"] = note.encode()
+    hub["/gpt2/resolve/main/model.safetensors"] = data[:-1] + b"?"
+    with pytest.raises(InputError, match="is damaged, and is dropped"):
+        load_pretrained("gpt2")
+    hub["/gpt2/resolve/main/model.safetensors"] = data
+    loaded, tokenizer = load_pretrained("gpt2")
+    for name, tensor in model.parameters().items():
+        np.testing.assert_array_equal(loaded.parameters()[name].numpy(), tensor.numpy())
+    assert tokenizer.vocab_size == 50257
+    hub.clear()
+    monkeypatch.setenv("TINYGPT_OFFLINE", "1")
+    assert load_pretrained("gpt2")[0].config == loaded.config  # from the cache
+    with pytest.raises(InputError, match="TINYGPT_OFFLINE is set and .*gpt2-xl.* not in the cache"):
+        load_pretrained("gpt2-xl")
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,7 +11,7 @@ from tinygpt.config import TrainConfig
 from tinygpt.model import LanguageModel, attention, causal_mask
 from tinygpt.optimizer import AdamW, step_rates
 from tinygpt.sampling import sample_tokens
-from tinygpt.train import training_step
+from tinygpt.trainer import training_step
 
 TINY = GPTConfig(block_size=8, vocab_size=11, n_layer=2, n_head=2, n_embd=8)
 

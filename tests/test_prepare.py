@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
@@ -92,6 +92,7 @@ def test_subwords_of_several_texts(tmp_path: Path, text: Path) -> None:
 
 
 @needs_gpt2
+@settings(deadline=None)  # the first example reads the vocabulary
 @given(
     text=st.text(st.sampled_from("ab1 \n\t'.\u00e9\u3000\x1c\u4e2d"), min_size=1),
     size=st.integers(1, 9),
@@ -224,7 +225,9 @@ def test_training_from_files_is_training_from_the_text(tmp_path: Path, text: Pat
     (tmp_path / "nano/meta.pkl").write_bytes(pickle.dumps(meta))
     weights = []
     for data in ("text.txt", "mine", "nano"):
-        result = run(tmp_path, "train", f"--preset bigram --data {data} --out-dir runs/{data} {TINY}")
+        result = run(
+            tmp_path, "train", f"--preset bigram --data {data} --out-dir runs/{data} {TINY}"
+        )
         assert result.returncode == 0, result.stderr
         weights.append(load_file(tmp_path / f"runs/{data}/checkpoint.safetensors"))
     for other in weights[1:]:

@@ -18,10 +18,10 @@ from tests.text import SONNETS
 from tinygpt import GPTConfig, TrainConfig
 from tinygpt.config import RunConfig
 from tinygpt.sampling import Tokens
-from tinygpt.train import OneDevice, choose_trainer, exact_loss
+from tinygpt.trainer import OneDevice, choose_trainer, exact_loss
 
 SMALL = "--block-size 8 --batch-size 4 --eval-interval 40 --eval-iters 2 --warmup-iters 5"
-GPT_RUN = f"{SMALL} --n-layer 1 --n-head 2 --n-embd 8 --dropout 0.2"
+GPT_RUN = f"{SMALL} --n-layer 1 --n-head 1 --n-embd 8 --dropout 0.2"
 
 
 @pytest.fixture(scope="module")
@@ -235,7 +235,7 @@ def test_the_number_of_cores_changes_only_the_rounding() -> None:
     rng = np.random.default_rng(0)
     batches = [rng.integers(0, 11, (2, 4, 8), np.int32) for _ in range(5)]
     results = []
-    for cores in (1, 2, 4):
+    for cores in (1, 2):
         recipe = TrainConfig(batch_size=4, devices=cores, warmup_iters=0)
         trainer = choose_trainer(RunConfig("micro", model, recipe))
         losses = []
@@ -244,4 +244,4 @@ def test_the_number_of_cores_changes_only_the_rounding() -> None:
             losses.append(trainer.train_loss())
         results.append([*losses, trainer.evaluate(*batches[0])])
     # sums of float32 in another order, over five steps
-    np.testing.assert_allclose(results[1:], [results[0]] * 2, rtol=1e-5)
+    np.testing.assert_allclose(results[1], results[0], rtol=1e-5)

@@ -1,8 +1,8 @@
 """A minimal GPT in pure tinygrad: tokenizer, batches, bigram and attention models, training."""
 
-from tinygpt.device import prepare
+from tinygpt.device import prepare as prepare_device
 
-prepare()  # before anything else looks for a device
+prepare_device()  # before anything else looks for a device
 
 from tinygpt.batches import get_batch, split_tokens  # noqa: E402
 from tinygpt.config import PRESETS, BigramConfig, GPTConfig, InputError, TrainConfig  # noqa: E402
@@ -15,7 +15,7 @@ from tinygpt.model import (  # noqa: E402
     CausalSelfAttention,
     Head,
 )
-from tinygpt.tokenizer import CharTokenizer  # noqa: E402
+from tinygpt.tokenizer import CharTokenizer, GPT2Tokenizer  # noqa: E402
 
 __all__ = [
     "GPT",
@@ -26,6 +26,7 @@ __all__ = [
     "Block",
     "CausalSelfAttention",
     "CharTokenizer",
+    "GPT2Tokenizer",
     "GPTConfig",
     "Head",
     "InputError",

@@ -22,6 +22,7 @@ import pickle
 import re
 import struct
 import zipfile
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -264,7 +265,7 @@ class _TorchUnpickler(pickle.Unpickler):
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
             return _tensor
         if (module, name) == ("collections", "OrderedDict"):
-            return dict
+            return OrderedDict  # PyTorch gives it an attribute, which a plain dict cannot have
         raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is no part of weights")
 
     def persistent_load(self, pid: Any) -> NDArray[Any]:

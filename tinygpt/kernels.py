@@ -318,9 +318,9 @@ def gelu_tanh(x: UOp) -> tuple[UOp, UOp]:
     """x (1 + tanh u) / 2 with u = a (x + b x^3), and its slope."""
     a, b = math.sqrt(2 / math.pi), 0.044715
     u = x * (a + a * b * x * x)
-    e = exp2((u < 0).where(u, -u) * (2 * LOG2_E))
-    large = 1.0 / (1.0 + e)  # (1 + tanh |u|) / 2
-    small = e * large  # (1 - tanh |u|) / 2
+    e = 2.0 * exp2((u < 0).where(u, -u) * (2 * LOG2_E))
+    # In halves, because tinygrad turns e / (1 + e) into 1 - 1 / (1 + e), which loses digits.
+    large, small = 2.0 / (2.0 + e), e / (2.0 + e)  # (1 + tanh |u|) / 2, (1 - tanh |u|) / 2
     half = (u < 0).where(small, large)
     return x * half, half + 2.0 * x * small * large * (a + 3 * a * b * x * x)
 
@@ -348,7 +348,7 @@ class Dropout(NamedTuple):
 
     def mask(self, *shape: int) -> Tensor:
         """The factors, 0 or 1 / (1 - p), in plain Tensor code."""
-        place = Tensor.arange(math.prod(shape), dtype=dtypes.uint32, device=self.seed.device)
+        place = Tensor.arange(math.prod(shape), dtype=dtypes.uint32)
         return mask_at(place.reshape(shape), self.seed, self.p)
 
 
@@ -580,10 +580,12 @@ def linear(
             gradients.append(dy)
         return [*gradients, *[None] * len(seed)]
 
-    program = linear_kernel(
-        rows, outs, ins, bias is not None, activation, residual is not None, p
-    )
-    optional = [t for t in (bias, None if residual is None else residual.reshape(rows, outs)) if t is not None]
+    program = linear_kernel(rows, outs, ins, bias is not None, activation, residual is not None, p)
+    optional = [
+        t
+        for t in (bias, None if residual is None else residual.reshape(rows, outs))
+        if t is not None
+    ]
     inputs = [x.reshape(rows, ins), weight, *optional, *seed]
     return call(program, inputs, backward)[0].reshape(*x.shape[:-1], outs)
 
@@ -662,7 +664,12 @@ def attention_kernel(B: int, T: int, H: int, D: int, dropout: float) -> Program:
                         weights[m, p * N + n] *= mask_at(place, seed[0], dropout)
             for first, count, own in segments(D, N):
                 with k.loop(count) as p:
-                    sums = k.product(Tile(R, N), r * R + R, lambda m, t: weights[m, t], lambda t, n: values[t, first + p * N + n])
+                    sums = k.product(
+                        Tile(R, N),
+                        r * R + R,
+                        lambda m, t: weights[m, t],
+                        lambda t, n: values[t, first + p * N + n],
+                    )
                     with k.loop(R) as m, k.loop(own) as n:
                         y[b, row(m), h, first + p * N + n] = sums[m, n] * stats[1, b, h, row(m)]
     return k.finish(2 * B * H * T * T * D)
@@ -678,7 +685,12 @@ def attention_gradient_kernel(B: int, T: int, H: int, D: int, dropout: float) ->
     queries, keys, dys = (k.output(size.rows, size.width) for _ in range(3))
     weights, dscores = k.output(G, size.panels * N), k.output(G, size.panels * N)
     sums = k.output(3, size.rows, size.width)
-    dy, y, stats, qkv = k.input(B, T, H, D), k.input(B, T, H, D), k.input(2, B, H, T), k.input(B, T, 3, H, D)
+    dy, y, stats, qkv = (
+        k.input(B, T, H, D),
+        k.input(B, T, H, D),
+        k.input(2, B, H, T),
+        k.input(B, T, 3, H, D),
+    )
     seed = k.input(1, dtype=dtypes.uint32) if dropout else None
     with k.loop(B) as b, k.loop(H) as h:
         with k.loop(size.panels) as p, k.loop(N) as n, k.loop(D) as d:
@@ -691,31 +703,67 @@ def attention_gradient_kernel(B: int, T: int, H: int, D: int, dropout: float) ->
             dys[t, d] = dy[b, size.row(t), h, e]
         with k.loop(size.rows // G) as g:
             with k.loop(G // R) as r:
-                def row(m): return g * G + r * R + m
+
+                def row(m):
+                    return g * G + r * R + m
+
                 delta = k.array(R)
                 with k.loop(R) as m:
                     t = size.row(row(m))
                     delta[m] = k.sum(D, lambda d: dy[b, t, h, d] * y[b, t, h, d])
                 with k.loop(((g + 1) * G - 1) // N + 1) as p:
-                    score = k.product(Tile(R, N), D, lambda m, d: queries[row(m), d], lambda d, n: key_panels[p, d, n])
-                    dweight = k.product(Tile(R, N), D, lambda m, d: dys[row(m), d], lambda d, n: value_panels[p, d, n])
+                    score = k.product(
+                        Tile(R, N),
+                        D,
+                        lambda m, d: queries[row(m), d],
+                        lambda d, n: key_panels[p, d, n],
+                    )
+                    dweight = k.product(
+                        Tile(R, N),
+                        D,
+                        lambda m, d: dys[row(m), d],
+                        lambda d, n: value_panels[p, d, n],
+                    )
                     with k.loop(R) as m, k.loop(N) as n:
                         i, j = row(m), p * N + n
                         t = size.row(i)
-                        w = exp2(score[m, n] * (LOG2_E / math.sqrt(D)) - stats[0, b, h, t]) * stats[1, b, h, t]
+                        w = (
+                            exp2(score[m, n] * (LOG2_E / math.sqrt(D)) - stats[0, b, h, t])
+                            * stats[1, b, h, t]
+                        )
                         w = ((j <= i) & (i < T)).where(w, 0.0)
-                        keep = mask_at((((b * H + h) * T + t) * T + j).cast(dtypes.uint32), seed[0], dropout) if seed else 1.0
+                        keep = (
+                            mask_at(
+                                (((b * H + h) * T + t) * T + j).cast(dtypes.uint32),
+                                seed[0],
+                                dropout,
+                            )
+                            if seed
+                            else 1.0
+                        )
                         weights[r * R + m, j] = w * keep
-                        dscores[r * R + m, j] = w * (dweight[m, n] * keep - delta[m]) * (1 / math.sqrt(D))
+                        dscores[r * R + m, j] = (
+                            w * (dweight[m, n] * keep - delta[m]) * (1 / math.sqrt(D))
+                        )
                 with k.loop(size.width // N) as p:
-                    acc = k.product(Tile(R, N), g * G + r * R + R, lambda m, t: dscores[r * R + m, t], lambda t, n: keys[t, p * N + n])
+                    acc = k.product(
+                        Tile(R, N),
+                        g * G + r * R + R,
+                        lambda m, t: dscores[r * R + m, t],
+                        lambda t, n: keys[t, p * N + n],
+                    )
                     with k.loop(R) as m, k.loop(N) as n:
                         sums[0, row(m), p * N + n] = acc[m, n]
             with k.loop((g + 1) * (G // R)) as c, k.loop(size.width // N) as p:
                 is_new = g * (G // R) <= c
                 for which, weight, source in ((1, dscores, queries), (2, weights, dys)):
-                    acc = k.product(Tile(R, N), G, lambda m, t: weight[t, c * R + m], lambda t, n: source[g * G + t, p * N + n],
-                        lambda m, n: is_new.where(0.0, sums[which, c * R + m, p * N + n]))
+                    acc = k.product(
+                        Tile(R, N),
+                        G,
+                        lambda m, t: weight[t, c * R + m],
+                        lambda t, n: source[g * G + t, p * N + n],
+                        lambda m, n: is_new.where(0.0, sums[which, c * R + m, p * N + n]),
+                    )
                     with k.loop(R) as m, k.loop(N) as n:
                         sums[which, c * R + m, p * N + n] = acc[m, n]
         with k.loop(T) as t, k.loop(3) as which, k.loop(D) as d:
@@ -782,9 +830,7 @@ def layer_norm_gradient_kernel(rows: int, C: int) -> Program:
     return k.finish(12 * rows * C)
 
 
-def layer_norm(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5
-) -> Tensor:
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
     """(x - mean) / sqrt(variance + eps) * weight + bias over the last axis; x (..., C)."""
     C = x.shape[-1]
     rows = x.numel() // C
@@ -906,7 +952,9 @@ def sum_of_squares(flat: Tensor) -> Tensor:
 
 
 @functools.cache
-def adamw_kernel(n: int, n_decay: int, beta1: float, beta2: float, eps: float, decay: float) -> Program:
+def adamw_kernel(
+    n: int, n_decay: int, beta1: float, beta2: float, eps: float, decay: float
+) -> Program:
     k = Kernel("adamw", n, n_decay)
     p, m, v = (k.output(n) for _ in range(3))
     g, rates, coefficient = k.input(n), k.input(3), k.input(1)

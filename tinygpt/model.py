@@ -46,7 +46,8 @@ def linear(
     activation: Activation | None = None,
     dropout: float = 0.0,
 ) -> Tensor:
-    """x (..., in) @ weight (out, in) transposed + bias (out,), activation, dropout -> (..., out)."""
+    """x (..., in) @ weight (out, in) transposed + bias (out,) -> (..., out); then the activation,
+    then dropout."""
     if kernels.usable(x):
         drop = seeded_dropout(dropout, x.device)
         return kernels.linear(x, weight, bias, activation, dropout=drop)
@@ -477,16 +478,35 @@ class CachedDecoder:
         self.caches = model.empty_caches(batch_size)
         self.cached = 0  # so many leading tokens are in the caches
         self.position = UOp.variable("position", 0, self.block_size - 1)
-        self.step = TinyJit(lambda idx, at: model.decode(idx, self.caches, at).realize())
-        self.window = TinyJit(lambda idx: model.logits(idx)[:, -1].realize())
+        self.last, self.context = (
+            Tensor(np.zeros((batch_size, length), np.int32)).realize()
+            for length in (1, self.block_size)
+        )
+        self.step = TinyJit(lambda at: model.decode(self.last, self.caches, at).realize())
+        self.window = TinyJit(lambda: model.logits(self.context)[:, -1].contiguous().realize())
 
     def __call__(self, tokens: Tokens) -> NDArray[np.float32]:
         n_tokens = tokens.shape[1]
         if n_tokens > self.block_size:
-            return self.window(Tensor(tokens[:, -self.block_size :].copy())).numpy()
+            write(self.context, tokens[:, -self.block_size :])
+            return read(self.window())
         if n_tokens <= self.cached:  # another text has begun
             self.cached = 0
         for i in range(self.cached, n_tokens):
-            logits = self.step(Tensor(tokens[:, i : i + 1].copy()), self.position.bind(i))
+            write(self.last, tokens[:, i : i + 1])
+            logits = self.step(self.position.bind(i))
         self.cached = n_tokens
-        return logits.numpy()
+        return read(logits)
+
+
+def write(tensor: Tensor, values: NDArray[Any]) -> None:
+    """Copies values into a realized tensor's buffer; an `assign` would build a graph to do so."""
+    buffer: Any = tensor.uop.base.buffer
+    buffer.allocator._copyin(buffer._buf, np.ascontiguousarray(values).data.cast("B"))
+
+
+def read(tensor: Tensor) -> NDArray[np.float32]:
+    """The values of a realized float32 tensor that fills its buffer, as quickly."""
+    buffer: Any = tensor.uop.base.buffer
+    values = np.frombuffer(buffer.as_memoryview(allow_zero_copy=True), np.float32)
+    return values.reshape(tensor.shape).copy()

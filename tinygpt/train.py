@@ -5,23 +5,20 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
-import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from tinygrad import Context, Device, Tensor, TinyJit
-from tinygrad.helpers import tqdm
 
 from tinygpt import checkpoint
-from tinygpt.batches import check_lengths, evaluation_batches, sample_blocks, split_tokens
+from tinygpt.batches import check_lengths, sample_blocks, split_tokens
 from tinygpt.checkpoint import Progress
 from tinygpt.cli import add_flags, run_command
 from tinygpt.config import (
@@ -37,19 +34,10 @@ from tinygpt.corpus import load_corpus
 from tinygpt.device import device_name, select_device
 from tinygpt.generate import stream_text
 from tinygpt.interop import load_pretrained
-from tinygpt.model import LanguageModel, build_model, cross_entropy
-from tinygpt.optimizer import (
-    AdamW,
-    clip_coefficient,
-    global_norm,
-    learning_rate,
-    moments_by_name,
-    step_rates,
-)
-from tinygpt.parallel import ParallelTrainer
+from tinygpt.model import LanguageModel
+from tinygpt.optimizer import learning_rate
 from tinygpt.prepare import load_tokens
 from tinygpt.report import plot_loss
-from tinygpt.sampling import Tokens
 from tinygpt.tokenizer import (
     CharTokenizer,
     GPT2Tokenizer,
@@ -58,101 +46,9 @@ from tinygpt.tokenizer import (
     model_vocab_size,
     same_vocabulary,
 )
+from tinygpt.trainer import choose_trainer, estimated_loss, exact_loss
 
 SAMPLE_LENGTH = 500  # characters in sample.txt, at least
-
-
-class Trainer(Protocol):
-    """A model and its optimizer, on whatever devices."""
-
-    model: LanguageModel
-    devices: list[str]
-    state: dict[str, Tensor]  # all that a step changes, by name
-
-    def step(self, x: Tokens, y: Tokens, iteration: int) -> None: ...
-    def train_loss(self) -> float: ...  # of the last step, in nats; waits for it
-    def evaluate(self, x: Tokens, y: Tokens) -> float: ...  # mean loss over (B, T), no dropout
-
-
-class OneDevice:
-    """The `Trainer` for any device: a step is one compiled function."""
-
-    def __init__(self, config: RunConfig):
-        self.config, self.devices = config.train, [Device.DEFAULT]
-        self.model = build_model(config.model, config.train.seed)
-        self.optimizer = AdamW(self.model.parameters(), config.train)
-        moments = moments_by_name(self.optimizer.m, self.optimizer.v)
-        self.state = checkpoint.training_state(
-            self.model.parameters(), moments, self.devices, config.train.seed
-        )
-        self.compiled_step = training_step(self.model, self.optimizer, config.train.grad_clip)
-        self.compiled_loss = TinyJit(lambda x, y: cross_entropy(self.model.logits(x), y).realize())
-
-    def step(self, x: Tokens, y: Tokens, iteration: int) -> None:
-        rates = Tensor(step_rates(iteration, self.config))
-        self.loss = self.compiled_step(Tensor(x), Tensor(y), rates)
-
-    def train_loss(self) -> float:
-        return self.loss.item()
-
-    def evaluate(self, x: Tokens, y: Tokens) -> float:
-        return self.compiled_loss(Tensor(x), Tensor(y)).item()
-
-
-def training_step(
-    model: LanguageModel, optimizer: AdamW, grad_clip: float
-) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """A step of training as a compiled function from x, y (B, T) and rates (3,) to the loss."""
-    names, parameters = zip(*model.parameters().items(), strict=True)
-
-    @TinyJit
-    @Context(TRAINING=1)  # dropout is on
-    def step(x: Tensor, y: Tensor, rates: Tensor) -> Tensor:
-        _, loss = model(x, y)
-        assert loss is not None
-        gradients = [g.contiguous() for g in loss.gradient(*parameters)]
-        if grad_clip > 0:
-            coefficient = clip_coefficient(global_norm(gradients), grad_clip).contiguous()
-            gradients = [g * coefficient for g in gradients]
-        updated = optimizer.schedule_step(dict(zip(names, gradients, strict=True)), rates)
-        return loss.realize(*updated)
-
-    return step
-
-
-def choose_trainer(config: RunConfig) -> Trainer:
-    """On a CPU all cores that can share the batches equally, or as many as wanted; else one device.
-
-    Raises:
-        InputError: `devices` does not divide batch_size.
-    """
-    wanted, batch_size = config.train.devices, config.train.batch_size
-    if wanted and batch_size % wanted:
-        raise InputError(f"devices {wanted} do not divide batch_size {batch_size}; they must")
-    if Device.DEFAULT != "CPU":
-        return OneDevice(config)
-    cores = range(1, (os.cpu_count() or 1) + 1)
-    return ParallelTrainer(config, wanted or max(n for n in cores if batch_size % n == 0))
-
-
-def exact_loss(
-    trainer: Trainer, data: NDArray[np.integer], batch_size: int, block_size: int
-) -> float:
-    """Mean loss over every target of `data`, in non-overlapping blocks, in nats per token."""
-    batches = evaluation_batches(data, batch_size, block_size)
-    count = -(-(len(data) - 1) // (batch_size * block_size))
-    total = 0.0
-    for x, y in tqdm(batches, desc="evaluating", total=count, disable=None):
-        total += trainer.evaluate(x, y) * y.size  # it is the mean over y.size positions
-    return total / (len(data) - 1)
-
-
-def estimated_loss(trainer: Trainer, data: NDArray[np.integer], config: RunConfig) -> float:
-    """Mean loss over eval_iters random batches, the same ones at every evaluation of a run."""
-    c, rng = config.train, np.random.default_rng(config.train.seed)
-    sizes = c.batch_size, config.model.block_size
-    losses = [trainer.evaluate(*sample_blocks(data, *sizes, rng)) for _ in range(c.eval_iters)]
-    return float(np.mean(losses))
 
 
 def train(

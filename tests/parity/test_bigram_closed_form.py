@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 
 from tinygpt.config import BigramConfig, RunConfig, TrainConfig
-from tinygpt.train import OneDevice
+from tinygpt.trainer import OneDevice
 
 from .compare import assert_close
 

@@ -1,4 +1,4 @@
-"""Dropout at GPT-2's places. The masks are given, in place of the random ones a backend draws."""
+"""Dropout at GPT-2's places, with masks that are known: given, or made from a given seed."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from tinygrad import Tensor
+from tinygrad import Tensor, dtypes
 from tinygrad.helpers import TRAINING
 
 from tests import reference as ref
+from tinygpt import kernels, model
 from tinygpt.config import TrainConfig
 from tinygpt.optimizer import AdamW, step_rates
-from tinygpt.train import training_step
+from tinygpt.trainer import training_step
 
 from .compare import assert_close
 from .models import TINY, B, T, as_float32, build, random_batch, tokens
@@ -22,27 +23,40 @@ CONFIG = replace(TINY, dropout=P)
 IDX, TARGETS = random_batch(seed=1)
 
 
-def test_given_masks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A training step in which each Tensor.dropout takes the next mask, in the order of the data.
+def test_known_masks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A training step in which each use of dropout, in the order of the data, has the next mask.
 
-    The first moment after the first step is the gradient, times 1 - beta1.
+    Plain Tensor code asks `Tensor.dropout` and gets the mask; a kernel gets a seed, and the mask
+    is what this seed means. The first moment is the gradient, times 1 - beta1, after one step.
     """
-    model, p = build(CONFIG)
     drawn = ref.random_masks(
         np.random.default_rng(2), P, CONFIG.n_layer, CONFIG.n_head, CONFIG.n_embd, B, T
     )
     masks = {name: as_float32(mask) for name, mask in drawn.items()}
-    waiting = iter(masks.items())
+    waiting = iter(masks)
 
     def given_dropout(x: Tensor, p: float = 0.5) -> Tensor:
-        name, mask = next(waiting)
-        assert (x.shape, p, TRAINING.value) == (mask.shape, P, 1), name
-        return x * Tensor(mask.astype(np.float32))
+        if p == 0:
+            return x
+        name = next(waiting)
+        assert (x.shape, p, TRAINING.value) == (masks[name].shape, P, 1), name
+        return x * Tensor(masks[name].astype(np.float32))
+
+    def given_seed(p: float, device: str) -> kernels.Dropout | None:
+        if p == 0:
+            return None
+        name = next(waiting)
+        assert (p, TRAINING.value) == (P, 1), name
+        dropout = kernels.Dropout(Tensor([len(name)], dtype=dtypes.uint32), p)
+        masks[name] = dropout.mask(*masks[name].shape).numpy().astype(np.float64)
+        return dropout
 
     monkeypatch.setattr(Tensor, "dropout", given_dropout)
+    monkeypatch.setattr(model, "seeded_dropout", given_seed)
+    gpt, p = build(CONFIG)
     recipe = TrainConfig(beta1=0.5, grad_clip=0)
-    optimizer = AdamW(model.parameters(), recipe)
-    step = training_step(model, optimizer, recipe.grad_clip)
+    optimizer = AdamW(gpt.parameters(), recipe)
+    step = training_step(gpt, optimizer, recipe.grad_clip)
     loss = step(tokens(IDX), tokens(TARGETS), Tensor(step_rates(0, recipe)))
     assert next(waiting, None) is None, "a mask was not asked for"
 
@@ -53,7 +67,7 @@ def test_given_masks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_off_in_evaluation() -> None:
-    model, p = build(CONFIG)
-    logits, _ = model(tokens(IDX))
+    gpt, p = build(CONFIG)
+    logits, _ = gpt(tokens(IDX))
     expected, _ = ref.gpt(p, IDX, None, CONFIG.n_head)
     assert_close("logits", {"logits": logits}, {"logits": expected})

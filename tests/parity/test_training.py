@@ -21,7 +21,7 @@ from tinygpt.model import GPT
 from tinygpt.optimizer import clip_coefficient, global_norm, learning_rate
 from tinygpt.parallel import ParallelTrainer
 from tinygpt.tokenizer import CharTokenizer
-from tinygpt.train import OneDevice, Trainer
+from tinygpt.trainer import OneDevice, Trainer
 
 from .compare import assert_close
 from .models import FULL, TINY, B, as_float32, beyond_the_emulator, build, load, random_batch
