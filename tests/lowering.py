@@ -25,7 +25,7 @@ from tinygpt.config import TrainConfig
 from tinygpt.optimizer import AdamW, step_rates
 from tinygpt.trainer import training_step
 
-config = GPTConfig(16, 65, n_layer=2, n_head=2, n_embd=32, dropout=0.1, bias=True)
+config = GPTConfig(16, 65, n_layer=1, n_head=2, n_embd=32, dropout=0.1, bias=True)
 model, recipe = GPT(config), TrainConfig()
 optimizer = AdamW(model.parameters(), recipe)
 tokens = np.zeros((2, 16), np.int32)

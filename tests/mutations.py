@@ -95,7 +95,7 @@ FAULTS = [
     ),
     Fault(
         "heads are merged without putting them side by side", TINY, "model.py",
-        "y.transpose(1, 2).reshape(B, T, C)", "y.reshape(B, T, C)",
+        "y.transpose(1, 2).reshape(B, T, C3 // 3)", "y.reshape(B, T, C3 // 3)",
     ),
     Fault(
         "positions are counted backwards", TINY, "model.py",
@@ -191,11 +191,11 @@ FAULTS = [
     # The kernels that stand in for the model's operations on a CPU
     Fault(
         "kernel: mask off by one", ATTENTION_LAYER, "kernels.py",
-        "(j <= row(m))", "(j <= row(m) + 1)",
+        ")).where(score, -math.inf)", ") + 1).where(score, -math.inf)",
     ),
     Fault(
         "kernel: mask off by one on the way back", ATTENTION_LAYER, "kernels.py",
-        "(j <= i)", "(j <= i + 1)",
+        ").where(exp2(power)", " + 1).where(exp2(power)",
     ),
     Fault(
         "kernel: missing 1 / sqrt(head size) on the way back", ATTENTION_LAYER, "kernels.py",
@@ -203,11 +203,11 @@ FAULTS = [
     ),
     Fault(
         "kernel: attention weights change without the others", ATTENTION_LAYER, "kernels.py",
-        "keep - delta[m]", "keep",
+        " - deltas[m]", "",
     ),
     Fault(
         "kernel: a long product keeps only its last part", WIDE, "kernels.py",
-        "is_first.where(0.0, out[", "is_first.where(0.0, 0.0 * out[",
+        "s.eq(0).where(0.0, out[", "s.eq(0).where(0.0, 0.0 * out[",
     ),
     Fault(
         "kernel: layer norm's gradient keeps its mean", LAYER_NORM, "kernels.py",
@@ -227,7 +227,7 @@ FAULTS = [
     ),
     Fault(
         "kernel: dropout forgets on the way back what it dropped", DROPOUT, "kernels.py",
-        "UOp.const(0) + m * outs + n", "UOp.const(1) + m * outs + n",
+        "mask(dy[m, n], m * outs + n)", "mask(dy[m, n], m * outs + n + 1)",
     ),
 ]  # fmt: skip
 

@@ -57,6 +57,7 @@ def test_training_and_generation_compile(target: str) -> None:
     assert run.returncode == 0, run.stderr
     result = json.loads(run.stdout)
     assert result["devices"] == ["NULL"]  # nothing falls back to the host
-    # Two layers: 26 tensors with 3 kernels each for AdamW, about 60 for a block forward and back
-    assert 100 < result["kernels"]["training"] < 400
-    assert 10 < result["kernels"]["generation"] < 80
+    # One layer: 146 kernels for a training step (3 for each of 16 tensors in AdamW) and 23 for a
+    # token, where a kernel may have any number of arguments; some targets split those with many.
+    assert 100 < result["kernels"]["training"] < 220
+    assert 15 < result["kernels"]["generation"] < 40

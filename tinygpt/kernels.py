@@ -21,7 +21,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar, cast
 
 from tinygrad import Device, Tensor, UOp, dtypes
 from tinygrad.dtype import AddrSpace, DType
@@ -34,6 +34,7 @@ from tinygpt.config import Activation
 Value = UOp | float
 Index = UOp | int
 Indices = Index | tuple[Index, ...]
+Binary = Callable[[UOp, UOp], UOp]
 
 # The switch ---------------------------------------------------------------------------------------
 
@@ -54,9 +55,10 @@ def usable(x: Tensor) -> bool:
     """Whether kernels may compute with x: float32, on one CPU device, compiled by clang."""
     if os.environ.get("TINYGPT_KERNELS") == "0" or not _allowed.get():
         return False
-    on_cpu = isinstance(x.device, str) and x.device.split(":")[0] == "CPU"
+    if not isinstance(x.device, str) or x.device.split(":")[0] != "CPU":
+        return False
     known = x.dtype == dtypes.float and all(isinstance(n, int) and n > 0 for n in x.shape)
-    return on_cpu and known and type(Device[x.device].renderer) is ClangRenderer
+    return known and type(Device[x.device].renderer) is ClangRenderer
 
 
 # Vocabulary ---------------------------------------------------------------------------------------
@@ -76,22 +78,20 @@ class Array:
         indices = index if isinstance(index, tuple) else (index,)
         for size, i in zip(self.shape, indices, strict=True):
             offset = offset * size + i
-        return (self.memory if self.constant else self.kernel.now(self.memory))[offset]
+        place: UOp = (self.memory if self.constant else self.kernel.now(self.memory))[offset]
+        return place
 
     def __setitem__(self, index: Indices, value: Value) -> None:
         self.kernel.then(self[index].store(value))
 
-    def view(self, *shape: int) -> Array:
-        return Array(self.kernel, self.memory, shape)
-
 
 class Program(NamedTuple):
     kernel: UOp
-    outputs: list[tuple[int, ...]]
+    arguments: list[tuple[int, ...] | None]  # the shape of an output, or None for an input
 
 
 class Kernel:
-    """A kernel in the making; its loops, loads and stores are written in the order they run in.
+    """A kernel in the making: its loops, loads and stores are written in the order they run in.
 
     tinygrad's UOps are a graph, without order but for what a node names as its sources. So each
     load and store names the store before it, `last`, and the loops entered since.
@@ -101,37 +101,36 @@ class Kernel:
         self.name = "_".join([name, *map(str, map(int, sizes))])
         self.last: UOp | None = None
         self.entered: list[UOp] = []
-        self.outputs: list[tuple[int, ...]] = []
-        self.arguments = self.ids = 0
+        self.arguments: list[tuple[int, ...] | None] = []
+        self.ids = 0
 
     def now(self, memory: UOp) -> UOp:
-        return memory.after(*([] if self.last is None else [self.last]), *self.entered)
+        before = [] if self.last is None else [self.last]
+        return cast(UOp, memory.after(*before, *self.entered))
 
     def then(self, effect: UOp) -> None:
         self.last, self.entered = effect, []
 
-    def output(self, *shape: int) -> Array:
-        """The next argument, float32. Outputs come first; scratch memory is an output too."""
-        self.outputs.append(shape)
-        return self._argument(shape, dtypes.float, constant=False)
-
     def input(self, *shape: int, dtype: DType = dtypes.float) -> Array:
-        """The next argument, which is never written."""
-        return self._argument(shape, dtype, constant=True)
+        memory = UOp.placeholder((math.prod(shape),), dtype, len(self.arguments))
+        self.arguments.append(None)
+        return Array(self, memory, shape, constant=True)
 
-    def _argument(self, shape: tuple[int, ...], dtype: DType, constant: bool) -> Array:
-        self.arguments += 1
-        memory = UOp.placeholder((math.prod(shape),), dtype, self.arguments - 1)
-        return Array(self, memory, shape, constant)
+    def output(self, *shape: int) -> Array:
+        """What the kernel writes, scratch memory too: the C stack is small in threads."""
+        memory = UOp.placeholder((math.prod(shape),), dtypes.float, len(self.arguments))
+        self.arguments.append(shape)
+        return Array(self, memory, shape)
 
     def array(self, *shape: int, dtype: DType = dtypes.float) -> Array:
-        """On the C stack, which is small in threads; what is small enough ends up in registers."""
+        """On the C stack; what is small enough ends up in registers."""
         memory = UOp.placeholder((math.prod(shape),), dtype, self._id(), addrspace=AddrSpace.REG)
         return Array(self, memory, shape)
 
     @contextmanager
     def loop(self, count: Index) -> Iterator[UOp]:
         """Runs its body for 0 to count - 1. A count that is computed must be below 65536."""
+        count = simplified(count)
         if isinstance(count, UOp):
             # tinygrad cannot end a loop whose bound depends on an outer loop. So the bound passes
             # through memory, by a load that names no store: as long as it is loaded nowhere else,
@@ -146,30 +145,26 @@ class Kernel:
         self.then(self.last.end(index))
 
     def sum(self, count: Index, value: Callable[[UOp], UOp]) -> UOp:
-        """value(0) + ... + value(count - 1); see `_fold` for a count that is computed."""
         return self._fold(count, value, lambda a, b: a + b, 0.0)
 
     def max(self, count: Index, value: Callable[[UOp], UOp]) -> UOp:
         return self._fold(count, value, UOp.maximum, -math.inf)
 
     def _fold(
-        self,
-        count: Index,
-        value: Callable[[UOp], UOp],
-        combine: Callable[[UOp, UOp], UOp],
-        start: float,
+        self, count: Index, value: Callable[[UOp], UOp], combine: Binary, start: float
     ) -> UOp:
-        """In as many lanes as a tile has columns; a computed count must be a multiple of them.
+        """value(0) to value(count - 1), combined in as many lanes as a tile has columns.
 
-        Clang may not change the order of a float sum by itself, and so would not vectorize it.
+        Clang may not change the order of a float sum by itself, and so would not vectorize it. A
+        count that is computed must be a multiple of the lanes.
         """
         width = register_tile().columns
         lanes = self.array(width)
         with self.loop(width) as lane:
             lanes[lane] = start
-        full, rest = (count // width, 0) if isinstance(count, UOp) else divmod(count, width)
-        if isinstance(full, UOp) or full:
-            with self.loop(full) as chunk, self.loop(width) as lane:
+        whole, rest = (count // width, 0) if isinstance(count, UOp) else divmod(count, width)
+        if isinstance(whole, UOp) or whole:
+            with self.loop(whole) as chunk, self.loop(width) as lane:
                 lanes[lane] = combine(lanes[lane], value(chunk * width + lane))
         if rest:
             with self.loop(rest) as lane:
@@ -181,18 +176,14 @@ class Kernel:
         return lanes[0]
 
     def product(
-        self,
-        tile: Tile,
-        depth: Index,
-        left: Callable[[UOp, UOp], UOp],
-        right: Callable[[UOp, UOp], UOp],
-        start: Callable[[UOp, UOp], UOp] | None = None,
+        self, depth: Index, left: Binary, right: Binary, start: Binary | None = None
     ) -> Array:
         """A tile of a matrix product: start(m, n) + the sum over d of left(m, d) right(d, n).
 
         The one loop that everything is about: the tile stays in vector registers.
         """
-        sums, zero = self.array(*tile), UOp.const(0)
+        tile, zero, depth = register_tile(), UOp.const(0), simplified(depth)
+        sums = self.array(*tile)
         with self.loop(tile.rows) as m, self.loop(tile.columns) as n:
             first = left(m, zero) * right(zero, n)  # starting from 0 is slower: memset, then loads
             sums[m, n] = first if start is None else start(m, n) + first
@@ -206,11 +197,16 @@ class Kernel:
         assert self.last is not None
         # opts_to_apply=() and the tag keep tinygrad's optimizer, which breaks such loops, away.
         info = KernelInfo(self.name, opts_to_apply=(), estimates=Estimates(operations))
-        return Program(self.last.sink(arg=info, tag=1), self.outputs)
+        return Program(self.last.sink(arg=info, tag=1), self.arguments)
 
     def _id(self) -> int:
         self.ids += 1
         return self.ids - 1
+
+
+def simplified(n: Index) -> Index:
+    """A number that is computed, but always the same, as that number."""
+    return cast(Index, n.ssimplify()) if isinstance(n, UOp) else n
 
 
 class Tile(NamedTuple):
@@ -220,11 +216,14 @@ class Tile(NamedTuple):
     columns: int
 
 
+AVX512_PROBE = "#ifdef __AVX512F__\nint has_avx512;\n#else\nint has_less;\n#endif\n"
+
+
 @functools.cache
 def register_tile() -> Tile:
     """The largest tile that clang keeps in registers; TINYGPT_TILE=4x16 sets another, for tests.
 
-    AVX-512 has 32 registers of 16 floats. Compilers use half of each on Intel's CPUs unless told
+    AVX-512 has 32 registers of 16 floats. On Intel's CPUs clang uses half of each unless told
     `prefer-vector-width=512`. 6 x 16 suits the 16 registers of 8 of AVX2 and the 32 of 4 of NEON.
     """
     if wanted := os.environ.get("TINYGPT_TILE"):
@@ -236,45 +235,48 @@ def register_tile() -> Tile:
     return Tile(8 if "prefer-vector-width=512" in cpu.renderer.target.arch else 6, 32)
 
 
-AVX512_PROBE = "#ifdef __AVX512F__\nint has_avx512;\n#else\nint has_less;\n#endif\n"
+Backward = Callable[[Tensor, list[Tensor], list[Tensor]], list[Tensor | None]]
 
 
 def call(
     program: Program,
     inputs: Sequence[Tensor],
-    backward: Callable[[Tensor, list[Tensor], list[Tensor]], list[Tensor | None]] | None = None,
-    into: list[Tensor] | None = None,
+    backward: Backward | None = None,
 ) -> list[Tensor]:
-    """Runs a kernel; its outputs are new tensors, or `into`, which it then changes in place.
+    """Runs a kernel; its outputs are new tensors.
 
     backward(gradient of the first output, outputs, inputs) -> the gradients of the inputs.
     """
-    device, count = inputs[0].device, len(program.outputs)
-    outputs = into or [Tensor.empty(*shape, device=device) for shape in program.outputs]
+    takes = [shape is None for shape in program.arguments]
+    given = iter(inputs)
+    arguments = [
+        next(given) if shape is None else Tensor.empty(*shape, device=inputs[0].device)
+        for shape in program.arguments
+    ]
 
     def gradients(gradient: UOp, call: UOp) -> tuple[UOp | None, ...]:
         assert backward is not None
-        arguments = [Tensor(u) for u in call.src[1:]]
-        written = [Tensor(t.uop.after(call)) for t in arguments[:count]]
-        wanted = backward(Tensor(gradient), written, arguments[count:])
-        return (None,) * count + tuple(None if t is None else t.uop for t in wanted)
+        outputs = [
+            Tensor(u.after(call))
+            for u, is_input in zip(call.src[1:], takes, strict=True)
+            if not is_input
+        ]
+        ins = [Tensor(u) for u, is_input in zip(call.src[1:], takes, strict=True) if is_input]
+        found = iter(backward(Tensor(gradient), outputs, ins))
+        wanted = [next(found) if is_input else None for is_input in takes]
+        return tuple(None if t is None else t.uop for t in wanted)
 
-    return Tensor.custom_kernel(
-        *outputs,
-        *inputs,
-        fxn=lambda *_: program.kernel,
-        grad_fxn=None if backward is None else gradients,
-    )[:count]
+    fxn = gradients if backward else None
+    after = Tensor.custom_kernel(*arguments, fxn=lambda *_: program.kernel, grad_fxn=fxn)
+    return [t for t, is_input in zip(after, takes, strict=True) if not is_input]
 
 
-def segments(n: int, width: int) -> list[tuple[int, int, int]]:
-    """Cuts n into equal pieces and a rest: (where they begin, how many, how wide)."""
-    pieces, rest = divmod(n, width)
-    return [(0, pieces, width)] * (pieces > 0) + [(n - rest, 1, rest)] * (rest > 0)
+def ceil_div(n: int, d: int) -> int:
+    return -(-n // d)
 
 
 def round_up(n: int, multiple: int) -> int:
-    return -(-n // multiple) * multiple
+    return ceil_div(n, multiple) * multiple
 
 
 LOG2_E = math.log2(math.e)
@@ -332,6 +334,8 @@ def relu(x: UOp) -> tuple[UOp, UOp]:
 ACTIVATIONS = {"gelu": gelu, "gelu_tanh": gelu_tanh, "relu": relu}
 
 
+# Dropout ------------------------------------------------------------------------------------------
+
 Numbers = TypeVar("Numbers", UOp, Tensor)
 
 
@@ -353,7 +357,7 @@ class Dropout(NamedTuple):
 
 
 def mask_at(place: Numbers, seed: Numbers, p: float) -> Numbers:
-    """A hash of uint32 numbers with good bits (Wellons 2018, lowbias32), against a threshold."""
+    """A hash of uint32 numbers (lowbias32, Wellons 2018), against a threshold."""
     x = (place * 0x9E3779B9) ^ seed
     x = (x ^ (x >> 16)) * 0x7FEB352D
     x = (x ^ (x >> 15)) * 0x846CA68B
@@ -361,19 +365,25 @@ def mask_at(place: Numbers, seed: Numbers, p: float) -> Numbers:
     return (x < int(p * 2**32)).where(0.0, 1 / (1 - p))
 
 
+def masked(k: Kernel, dropout: float) -> Callable[[UOp, UOp], UOp]:
+    """value, its place in the array -> the value after dropout; reads the seed if there is one."""
+    if not dropout:
+        return lambda value, place: value
+    seed = k.input(1, dtype=dtypes.uint32)
+    return lambda value, place: value * mask_at(place.cast(dtypes.uint32), seed[0], dropout)
+
+
 # Linear layers ------------------------------------------------------------------------------------
-# 28 of the 34 ms of a step; with tinygrad's products and no more than that changed, TODO.
 
 ROW_BLOCK = 128  # rows of the left matrix, which stay in the second-level cache
-COLUMN_BLOCK = 2048
 DEPTH = 256  # a panel of this depth stays in the first-level cache
 
 
 class Matrix(NamedTuple):
-    """A side of a product, whose rows or columns are its `lines`: at(line, d) is a value."""
+    """One side of a product; its `lines` are the rows of the left, the columns of the right."""
 
-    at: Callable[[Index, Index], UOp]
-    along_depth: bool  # whether neighbours in memory are neighbours in depth
+    at: Binary  # (line, d) -> a value
+    along_depth: bool  # neighbours in memory are neighbours in depth
 
     @contextmanager
     def loops(self, k: Kernel, lines: int, depth: int) -> Iterator[tuple[UOp, UOp]]:
@@ -382,12 +392,16 @@ class Matrix(NamedTuple):
         with k.loop(outer) as x, k.loop(inner) as y:
             yield (x, y) if self.along_depth else (y, x)
 
+    def copied(self, k: Kernel, lines: int, depth: int) -> Matrix:
+        """A block of it in an array of its own, laid out alike."""
+        copy = k.array(*((lines, depth) if self.along_depth else (depth, lines)))
 
-def depth_step(depth: int) -> int:
-    """At most DEPTH; a divisor of depth, if there is one not far below."""
-    steps = -(-depth // DEPTH)
-    divisors = (depth // n for n in range(steps, 2 * steps) if depth % n == 0)
-    return next(divisors, -(-depth // steps))
+        def place(line: UOp, d: UOp) -> tuple[UOp, UOp]:
+            return (line, d) if self.along_depth else (d, line)
+
+        with self.loops(k, lines, depth) as (line, d):
+            copy[place(line, d)] = self.at(line, d)
+        return Matrix(lambda line, d: copy[place(line, d)], self.along_depth)
 
 
 def matmul(
@@ -395,7 +409,6 @@ def matmul(
     size: tuple[int, int, int],
     left: Matrix,
     right: Matrix,
-    panels: Array,
     out: Array,
     finish: Callable[[UOp, UOp, UOp], UOp] | None = None,
     copy_left: bool = False,
@@ -404,80 +417,50 @@ def matmul(
 
     In blocks that stay in the caches (Goto & van de Geijn 2008). One step of the depth after the
     other, `right` is copied into panels as wide as a tile, and tile after tile is added to out.
+    Tiles that reach too far compute the last row or column more than once; it comes out the same.
     """
-    tile = register_tile()
-    rows, columns, depth = size
-    tiles = -(-rows // tile.rows)
-    tiles_per_block = min(tiles, ROW_BLOCK // tile.rows)
+    tile, (rows, columns, depth) = register_tile(), size
+    steps, tiles, n_panels = (
+        ceil_div(depth, DEPTH),
+        ceil_div(rows, tile.rows),
+        ceil_div(columns, tile.columns),
+    )
+    step, tiles_per_block = ceil_div(depth, steps), min(tiles, ROW_BLOCK // tile.rows)
     block = tiles_per_block * tile.rows
+    panels = k.output(n_panels, step, tile.columns)
 
-    def row(m: UOp) -> UOp:  # what a last tile has too much repeats the last row
-        return m if rows % block == 0 else m.minimum(rows - 1)
+    with k.loop(steps) as s:
+        with k.loop(n_panels) as p, right.loops(k, tile.columns, step) as (n, d):
+            column, at = (p * tile.columns + n).minimum(columns - 1), s * step + d
+            value = right.at(column, at.minimum(depth - 1))
+            panels[p, d, n] = (at < depth).where(value, 0.0)
+        with k.loop(ceil_div(tiles, tiles_per_block)) as b:
+            rows_of_block = Matrix(
+                lambda m, d: left.at(
+                    (b * block + m).minimum(rows - 1), (s * step + d).minimum(depth - 1)
+                ),
+                left.along_depth,
+            )
+            if copy_left or not left.along_depth:
+                rows_of_block = rows_of_block.copied(k, block, step)
+            tiles_here = (tiles - b * tiles_per_block).minimum(tiles_per_block)
+            with k.loop(n_panels) as p, k.loop(tiles_here) as t:
 
-    def each_panel(n0: UOp, width: int) -> Iterator[tuple[UOp, Callable[[UOp], UOp], int]]:
-        """Loops over the panels of the columns from n0: its number, its columns, how many."""
-        for first, count, own in segments(width, tile.columns):
-            with k.loop(count) as p:
-                number = p + first // tile.columns
+                def place(m: UOp, n: UOp) -> tuple[UOp, UOp]:
+                    row, column = b * block + t * tile.rows + m, p * tile.columns + n
+                    return row.minimum(rows - 1), column.minimum(columns - 1)
 
-                def column(n: UOp, number: UOp = number, own: int = own) -> UOp:
-                    n = n0 + number * tile.columns + n
-                    return n if own == tile.columns else n.minimum(columns - 1)
-
-                yield number, column, own
-
-    def block_of_left(m0: UOp, d0: Index, step: int) -> Callable[[UOp, UOp], UOp]:
-        def at(m: UOp, d: UOp) -> UOp:
-            return left.at(row(m0 + m), d0 + d)
-
-        if left.along_depth and not copy_left:
-            return at
-        copy = k.array(*((block, step) if left.along_depth else (step, block)))
-        with left.loops(k, block, step) as (m, d):
-            copy[(m, d) if left.along_depth else (d, m)] = at(m, d)
-        return lambda m, d: copy[(m, d) if left.along_depth else (d, m)]
-
-    def add(n0: UOp, width: int, d0: Index, step: int, is_first: UOp, is_last: UOp) -> None:
-        panel = panels.view(-1, step, tile.columns)
-        for p, column, _ in each_panel(n0, width):
-            with right.loops(k, tile.columns, step) as (n, d):
-                panel[p, d, n] = right.at(column(n), d0 + d)
-        with k.loop(-(-tiles // tiles_per_block)) as b:
-            left_at = block_of_left(b * block, d0, step)
-            tiles_here: Index = tiles_per_block
-            if tiles % tiles_per_block:
-                tiles_here = (tiles - b * tiles_per_block).minimum(tiles_per_block)
-            for p, column, own in each_panel(n0, width):
-                with k.loop(tiles_here) as t:
-                    m0 = t * tile.rows
-                    sums = k.product(
-                        tile,
-                        step,
-                        lambda m, d: left_at(m0 + m, d),
-                        lambda d, n: panel[p, d, n],
-                        lambda m, n: is_first.where(0.0, out[row(b * block + m0 + m), column(n)]),
-                    )
-                    with k.loop(tile.rows) as m, k.loop(own) as n:
-                        place, value = (row(b * block + m0 + m), column(n)), sums[m, n]
-                        if finish:
-                            value = is_last.where(finish(*place, value), value)
-                        out[place] = value
-
-    step = depth_step(depth)
-    steps, rest = divmod(depth, step)
-    for first, count, width in segments(columns, COLUMN_BLOCK):
-        with k.loop(count) as c:
-            n0 = c * width + first
-            with k.loop(steps) as s:
-                is_last = UOp.const(False) if rest else s.eq(steps - 1)
-                add(n0, width, s * step, step, s.eq(0), is_last)
-            if rest:
-                add(n0, width, steps * step, rest, UOp.const(False), UOp.const(True))
-
-
-def panels_size(columns: int, depth: int) -> int:
-    """How many floats `matmul` needs for its panels."""
-    return round_up(min(columns, COLUMN_BLOCK), register_tile().columns) * depth_step(depth)
+                sums = k.product(
+                    step,
+                    lambda m, d: rows_of_block.at(t * tile.rows + m, d),
+                    lambda d, n: panels[p, d, n],
+                    lambda m, n: s.eq(0).where(0.0, out[place(m, n)]),
+                )
+                with k.loop(tile.rows) as m, k.loop(tile.columns) as n:
+                    value = sums[m, n]
+                    if finish:
+                        value = s.eq(steps - 1).where(finish(*place(m, n), value), value)
+                    out[place(m, n)] = value
 
 
 @functools.cache
@@ -491,63 +474,52 @@ def linear_kernel(
     dropout: float,
 ) -> Program:
     k = Kernel(f"linear_{activation}", rows, outs, ins, bias, residual, dropout > 0)
-    y, panels = k.output(rows, outs), k.output(panels_size(outs, ins))
-    slopes = k.output(rows, outs) if activation else None
-    x, weight = k.input(rows, ins), k.input(outs, ins)
+    y, x, weight = k.output(rows, outs), k.input(rows, ins), k.input(outs, ins)
     biases = k.input(outs) if bias else None
+    slopes = k.output(rows, outs) if activation else None
     residuals = k.input(rows, outs) if residual else None
-    seed = k.input(1, dtype=dtypes.uint32) if dropout else None
+    mask = masked(k, dropout)
 
     def finish(m: UOp, n: UOp, value: UOp) -> UOp:
         if biases:
             value = value + biases[n]
         if activation and slopes:
             value, slopes[m, n] = ACTIVATIONS[activation](value)
-        if seed:
-            value = value * mask_at((m * outs + n).cast(dtypes.uint32), seed[0], dropout)
+        value = mask(value, m * outs + n)
         return value + residuals[m, n] if residuals else value
 
     if rows < 4:  # a token at a time, as in generation: copying weights would take longest
         with k.loop(rows) as m, k.loop(outs) as n:
             y[m, n] = finish(m, n, k.sum(ins, lambda d: x[m, d] * weight[n, d]))
     else:
-        left = Matrix(lambda m, d: x[m, d], along_depth=True)
-        right = Matrix(lambda n, d: weight[n, d], along_depth=True)
-        matmul(k, (rows, outs, ins), left, right, panels, y, finish)
+        left = Matrix(lambda line, d: x[line, d], True)
+        right = Matrix(lambda line, d: weight[line, d], True)
+        matmul(k, (rows, outs, ins), left, right, y, finish)
     return k.finish(2 * rows * outs * ins)
 
 
 @functools.cache
 def linear_gradient_kernel(
-    rows: int, outs: int, ins: int, of_weight: bool, slope: bool, dropout: float
+    rows: int, outs: int, ins: int, of_weight: bool, activation: bool, dropout: float
 ) -> Program:
-    """dx (rows, ins) = dz weight, or dweight (outs, ins) = dz^T x; dz is dy behind the activation.
+    """dx (rows, ins) = dz weight, or dweight (outs, ins) = dz^T x.
 
-    dz is made while it is copied, and never stored as a whole.
+    dz is dy on the other side of dropout and activation, made while it is copied.
     """
-    k = Kernel("linear_dw" if of_weight else "linear_dx", rows, outs, ins, slope, dropout > 0)
+    k = Kernel(f"linear_d{'wx'[of_weight]}", rows, outs, ins, activation, dropout > 0)
     size = (outs, ins, rows) if of_weight else (rows, ins, outs)
-    out, panels = k.output(*size[:2]), k.output(panels_size(*size[1:]))
-    dy = k.input(rows, outs)
+    out, dy = k.output(*size[:2]), k.input(rows, outs)
     other = k.input(rows, ins) if of_weight else k.input(outs, ins)
-    slopes = k.input(rows, outs) if slope else None
-    seed = k.input(1, dtype=dtypes.uint32) if dropout else None
+    slopes = k.input(rows, outs) if activation else None
+    mask = masked(k, dropout)
 
-    def dz(m: Index, n: Index) -> UOp:
-        value = dy[m, n]
-        if slopes:
-            value = value * slopes[m, n]
-        if seed:
-            place = UOp.const(0) + m * outs + n
-            value = value * mask_at(place.cast(dtypes.uint32), seed[0], dropout)
-        return value
+    def dz(m: UOp, n: UOp) -> UOp:
+        value = mask(dy[m, n], m * outs + n)
+        return value * slopes[m, n] if slopes else value
 
-    right = Matrix(lambda n, d: other[d, n], along_depth=False)
-    if of_weight:
-        left = Matrix(lambda n, m: dz(m, n), along_depth=False)
-    else:
-        left = Matrix(dz, along_depth=True)
-    matmul(k, size, left, right, panels, out, copy_left=slope or dropout > 0)
+    left = Matrix(lambda n, m: dz(m, n), False) if of_weight else Matrix(dz, True)
+    right = Matrix(lambda n, d: other[d, n], False)
+    matmul(k, size, left, right, out, copy_left=activation or dropout > 0)
     return k.finish(2 * rows * outs * ins)
 
 
@@ -563,211 +535,163 @@ def linear(
 
     x (..., in), weight (out, in), bias (out,), residual (..., out) -> (..., out).
     """
-    outs, ins = weight.shape
-    rows, p = x.numel() // ins, dropout.p if dropout else 0.0
+    outs, ins = (int(n) for n in weight.shape)
+    rows, p = int(x.numel()) // ins, dropout.p if dropout else 0.0
     seed = [dropout.seed] if dropout else []
 
     def backward(dy: Tensor, outputs: list[Tensor], inputs: list[Tensor]) -> list[Tensor | None]:
-        slopes = outputs[2:]
-        extra = [*slopes, *seed]
-        dx = linear_gradient_kernel(rows, outs, ins, False, bool(slopes), p)
-        dw = linear_gradient_kernel(rows, outs, ins, True, bool(slopes), p)
-        gradients = [*call(dx, [dy, inputs[1], *extra])[:1], *call(dw, [dy, inputs[0], *extra])[:1]]
+        slopes = [outputs[1]] if activation else []
+        gradients: list[Tensor | None] = []
+        for of_weight, other in ((False, inputs[1]), (True, inputs[0])):
+            program = linear_gradient_kernel(rows, outs, ins, of_weight, bool(activation), p)
+            gradients.append(call(program, [dy, other, *slopes, *seed])[0])
         if bias is not None:
-            dz = dy * slopes[0] if slopes else dy
-            gradients.append((dz * dropout.mask(rows, outs) if dropout else dz).sum(axis=0))
-        if residual is not None:
-            gradients.append(dy)
-        return [*gradients, *[None] * len(seed)]
+            dz = dy * dropout.mask(rows, outs) if dropout else dy
+            gradients.append((dz * slopes[0] if slopes else dz).sum(axis=0))
+        return [*gradients, *([] if residual is None else [dy]), *([None] * len(seed))]
 
     program = linear_kernel(rows, outs, ins, bias is not None, activation, residual is not None, p)
-    optional = [
-        t
-        for t in (bias, None if residual is None else residual.reshape(rows, outs))
-        if t is not None
-    ]
-    inputs = [x.reshape(rows, ins), weight, *optional, *seed]
-    return call(program, inputs, backward)[0].reshape(*x.shape[:-1], outs)
+    inputs = [x.reshape(rows, ins), weight]
+    if bias is not None:
+        inputs.append(bias)
+    if residual is not None:
+        inputs.append(residual.reshape(rows, outs))
+    return call(program, [*inputs, *seed], backward)[0].reshape(*x.shape[:-1], outs)
 
 
 # Attention ----------------------------------------------------------------------------------------
-# TODO ms
 
 
-class AttentionSize(NamedTuple):
-    """Sizes that are rounded up, so that tiles fit."""
+class Heads(NamedTuple):
+    """Reads (B, T, parts, H, D) by part, time and channel of one head; repeats what it has last."""
 
-    T: int
-    D: int
+    array: Array
+    b: UOp
+    h: UOp
 
-    @property
-    def group(self) -> int:
-        return round_up(32, register_tile().rows)
+    def __call__(self, part: int, t: UOp, d: UOp) -> UOp:
+        _, T, _, _, D = self.array.shape
+        return self.array[self.b, t.minimum(T - 1), part, self.h, d.minimum(D - 1)]
 
-    @property
-    def rows(self) -> int:
-        return round_up(self.T, self.group)
-
-    @property
-    def panels(self) -> int:
-        return -(-self.rows // register_tile().columns)
-
-    @property
-    def width(self) -> int:
-        return round_up(self.D, register_tile().columns)
-
-    def row(self, t: UOp) -> UOp:
-        return t.minimum(self.T - 1)
+    def panels(self, k: Kernel, part: int, to: Array) -> None:
+        """Copies a part into panels (panels, D, columns), the right side of a product with it."""
+        count, D, columns = to.shape
+        with k.loop(count) as p, k.loop(columns) as n, k.loop(D) as d:
+            to[p, d, n] = self(part, p * columns + n, d)
 
 
 @functools.cache
 def attention_kernel(B: int, T: int, H: int, D: int, dropout: float) -> Program:
-    k = Kernel("attention", B, T, H, D, dropout > 0)
-    size, (R, N) = AttentionSize(T, D), register_tile()
-    y, stats = k.output(B, T, H, D), k.output(2, B, H, T)
-    keys, values = k.output(size.panels, D, N), k.output(size.rows, size.width)
-    weights = k.output(R, size.panels * N)
-    qkv = k.input(B, T, 3, H, D)
-    seed = k.input(1, dtype=dtypes.uint32) if dropout else None
+    """A block of queries after the other, as many as a tile has rows."""
+    k, (R, N) = Kernel("attention", B, T, H, D, dropout > 0), register_tile()
+    y, stats, qkv = k.output(B, T, H, D), k.output(2, B, H, T), k.input(B, T, 3, H, D)
+    mask, blocks = masked(k, dropout), ceil_div(T, R)
+    keys = k.output(ceil_div(blocks * R, N), D, N)
+    weights = k.output(R, keys.shape[0] * N)
     with k.loop(B) as b, k.loop(H) as h:
-        with k.loop(size.panels) as p, k.loop(N) as n, k.loop(D) as d:
-            keys[p, d, n] = qkv[b, size.row(p * N + n), 1, h, d]
-        with k.loop(size.rows) as t, k.loop(size.width) as d:
-            values[t, d] = qkv[b, size.row(t), 2, h, d.minimum(D - 1)]
-        with k.loop(-(-T // R)) as r:
+        at = Heads(qkv, b, h)
+        at.panels(k, 1, keys)
+        with k.loop(blocks) as r:
 
-            def row(m: UOp) -> UOp:
-                return size.row(r * R + m)
+            def query(m: UOp) -> UOp:
+                return (r * R + m).minimum(T - 1)
 
-            panels = (r * R + R - 1) // N + 1
+            panels = (r * R + R - 1) // N + 1  # of keys, up to the one for the last query
             with k.loop(panels) as p:
-                scores = k.product(
-                    Tile(R, N),
-                    D,
-                    lambda m, d: qkv[b, row(m), 0, h, d],
-                    lambda d, n: keys[p, d, n],
-                )
+                scores = k.product(D, lambda m, d: at(0, query(m), d), lambda d, n: keys[p, d, n])
                 with k.loop(R) as m, k.loop(N) as n:
-                    j = p * N + n
                     score = scores[m, n] * (LOG2_E / math.sqrt(D))
-                    weights[m, j] = (j <= row(m)).where(score, -math.inf)
+                    weights[m, p * N + n] = (p * N + n <= query(m)).where(score, -math.inf)
             with k.loop(R) as m:
                 top = k.max(panels * N, lambda j: weights[m, j])
                 with k.loop(panels) as p, k.loop(N) as n:
                     weights[m, p * N + n] = exp2(weights[m, p * N + n] - top)
                 total = k.sum(panels * N, lambda j: weights[m, j])
-                stats[0, b, h, row(m)] = top
-                stats[1, b, h, row(m)] = 1.0 / total
-                if seed:
+                stats[0, b, h, query(m)] = top
+                stats[1, b, h, query(m)] = 1.0 / total
+                if dropout:
                     with k.loop(panels) as p, k.loop(N) as n:
-                        place = (((b * H + h) * T + row(m)) * T + p * N + n).cast(dtypes.uint32)
-                        weights[m, p * N + n] *= mask_at(place, seed[0], dropout)
-            for first, count, own in segments(D, N):
-                with k.loop(count) as p:
-                    sums = k.product(
-                        Tile(R, N),
-                        r * R + R,
-                        lambda m, t: weights[m, t],
-                        lambda t, n: values[t, first + p * N + n],
-                    )
-                    with k.loop(R) as m, k.loop(own) as n:
-                        y[b, row(m), h, first + p * N + n] = sums[m, n] * stats[1, b, h, row(m)]
+                        place = ((b * H + h) * T + query(m)) * T + p * N + n
+                        weights[m, p * N + n] = mask(weights[m, p * N + n], place)
+            with k.loop(ceil_div(D, N)) as p:
+                sums = k.product(
+                    (r * R + R).minimum(T),
+                    lambda m, t: weights[m, t],
+                    lambda t, n: at(2, t, p * N + n),
+                )
+                with k.loop(R) as m, k.loop(N) as n:
+                    value = sums[m, n] * stats[1, b, h, query(m)]
+                    y[b, query(m), h, (p * N + n).minimum(D - 1)] = value
     return k.finish(2 * B * H * T * T * D)
 
 
 @functools.cache
 def attention_gradient_kernel(B: int, T: int, H: int, D: int, dropout: float) -> Program:
-    k = Kernel("attention_d", B, T, H, D, dropout > 0)
-    size, (R, N) = AttentionSize(T, D), register_tile()
-    G = size.group
-    dqkv = k.output(B, T, 3, H, D)
-    key_panels, value_panels = k.output(size.panels, D, N), k.output(size.panels, D, N)
-    queries, keys, dys = (k.output(size.rows, size.width) for _ in range(3))
-    weights, dscores = k.output(G, size.panels * N), k.output(G, size.panels * N)
-    sums = k.output(3, size.rows, size.width)
-    dy, y, stats, qkv = (
-        k.input(B, T, H, D),
-        k.input(B, T, H, D),
-        k.input(2, B, H, T),
-        k.input(B, T, 3, H, D),
-    )
-    seed = k.input(1, dtype=dtypes.uint32) if dropout else None
+    """With P the weights, computed again: dP = dy v^T, dS = P (dP - rowsum(dy y)) / sqrt(D),
+
+    dq = dS k, dk = dS^T q, dv = P^T dy.
+    """
+    k, (R, N) = Kernel("attention_d", B, T, H, D, dropout > 0), register_tile()
+    dqkv, dys, y = k.output(B, T, 3, H, D), k.input(B, T, 1, H, D), k.input(B, T, 1, H, D)
+    stats, qkv = k.input(2, B, H, T), k.input(B, T, 3, H, D)
+    mask, blocks = masked(k, dropout), ceil_div(T, R)
+    panels = ceil_div(blocks * R, N)
+    keys, values = (k.output(panels, D, N) for _ in range(2))
+    # Longer than needed: lines a power of 2 apart would share too few places in the caches.
+    weights, dscores = (k.output(blocks * R, panels * N + N) for _ in range(2))
     with k.loop(B) as b, k.loop(H) as h:
-        with k.loop(size.panels) as p, k.loop(N) as n, k.loop(D) as d:
-            key_panels[p, d, n] = qkv[b, size.row(p * N + n), 1, h, d]
-            value_panels[p, d, n] = qkv[b, size.row(p * N + n), 2, h, d]
-        with k.loop(size.rows) as t, k.loop(size.width) as d:
-            e = d.minimum(D - 1)
-            queries[t, d] = qkv[b, size.row(t), 0, h, e]
-            keys[t, d] = qkv[b, size.row(t), 1, h, e]
-            dys[t, d] = dy[b, size.row(t), h, e]
-        with k.loop(size.rows // G) as g:
-            with k.loop(G // R) as r:
+        at, dy = Heads(qkv, b, h), Heads(dys, b, h)
+        at.panels(k, 1, keys)
+        at.panels(k, 2, values)
 
-                def row(m):
-                    return g * G + r * R + m
+        def store(part: int, r: UOp, depth: Index, left: Binary, right: Binary) -> None:
+            with k.loop(ceil_div(D, N)) as p:
+                sums = k.product(depth, left, lambda t, n: right(t, p * N + n))
+                with k.loop(R) as m, k.loop(N) as n:
+                    t, d = (r * R + m).minimum(T - 1), (p * N + n).minimum(D - 1)
+                    dqkv[b, t, part, h, d] = sums[m, n]
 
-                delta = k.array(R)
-                with k.loop(R) as m:
-                    t = size.row(row(m))
-                    delta[m] = k.sum(D, lambda d: dy[b, t, h, d] * y[b, t, h, d])
-                with k.loop(((g + 1) * G - 1) // N + 1) as p:
-                    score = k.product(
-                        Tile(R, N),
-                        D,
-                        lambda m, d: queries[row(m), d],
-                        lambda d, n: key_panels[p, d, n],
-                    )
-                    dweight = k.product(
-                        Tile(R, N),
-                        D,
-                        lambda m, d: dys[row(m), d],
-                        lambda d, n: value_panels[p, d, n],
-                    )
-                    with k.loop(R) as m, k.loop(N) as n:
-                        i, j = row(m), p * N + n
-                        t = size.row(i)
-                        w = (
-                            exp2(score[m, n] * (LOG2_E / math.sqrt(D)) - stats[0, b, h, t])
-                            * stats[1, b, h, t]
-                        )
-                        w = ((j <= i) & (i < T)).where(w, 0.0)
-                        keep = (
-                            mask_at(
-                                (((b * H + h) * T + t) * T + j).cast(dtypes.uint32),
-                                seed[0],
-                                dropout,
-                            )
-                            if seed
-                            else 1.0
-                        )
-                        weights[r * R + m, j] = w * keep
-                        dscores[r * R + m, j] = (
-                            w * (dweight[m, n] * keep - delta[m]) * (1 / math.sqrt(D))
-                        )
-                with k.loop(size.width // N) as p:
-                    acc = k.product(
-                        Tile(R, N),
-                        g * G + r * R + R,
-                        lambda m, t: dscores[r * R + m, t],
-                        lambda t, n: keys[t, p * N + n],
-                    )
-                    with k.loop(R) as m, k.loop(N) as n:
-                        sums[0, row(m), p * N + n] = acc[m, n]
-            with k.loop((g + 1) * (G // R)) as c, k.loop(size.width // N) as p:
-                is_new = g * (G // R) <= c
-                for which, weight, source in ((1, dscores, queries), (2, weights, dys)):
-                    acc = k.product(
-                        Tile(R, N),
-                        G,
-                        lambda m, t: weight[t, c * R + m],
-                        lambda t, n: source[g * G + t, p * N + n],
-                        lambda m, n: is_new.where(0.0, sums[which, c * R + m, p * N + n]),
-                    )
-                    with k.loop(R) as m, k.loop(N) as n:
-                        sums[which, c * R + m, p * N + n] = acc[m, n]
-        with k.loop(T) as t, k.loop(3) as which, k.loop(D) as d:
-            dqkv[b, t, which, h, d] = sums[which, t, d]
+        with k.loop(blocks) as r:
+
+            def query(m: UOp) -> UOp:
+                return (r * R + m).minimum(T - 1)
+
+            deltas = k.array(R)
+            with k.loop(R) as m:
+                deltas[m] = k.sum(D, lambda d: dy(0, query(m), d) * y[b, query(m), 0, h, d])
+            with k.loop((r * R + R - 1) // N + 1) as p:
+                scores = k.product(D, lambda m, d: at(0, query(m), d), lambda d, n: keys[p, d, n])
+                slopes = k.product(D, lambda m, d: dy(0, query(m), d), lambda d, n: values[p, d, n])
+                with k.loop(R) as m, k.loop(N) as n:
+                    i, j = query(m), p * N + n
+                    power = scores[m, n] * (LOG2_E / math.sqrt(D)) - stats[0, b, h, i]
+                    weight = (j <= i).where(exp2(power) * stats[1, b, h, i], 0.0)
+                    place = ((b * H + h) * T + i) * T + j
+                    weights[r * R + m, j] = mask(weight, place)
+                    slope = mask(slopes[m, n], place) - deltas[m]
+                    dscores[r * R + m, j] = weight * slope * (1 / math.sqrt(D))
+            seen = (r * R + R).minimum(T)
+            store(0, r, seen, lambda m, t: dscores[r * R + m, t], lambda t, d: at(1, t, d))
+        with k.loop(blocks) as r:
+
+            def key(m: UOp) -> UOp:
+                return (r * R + m).minimum(T - 1)
+
+            left = T - r * R
+            store(
+                1,
+                r,
+                left,
+                lambda m, t: dscores[r * R + t, key(m)],
+                lambda t, d: at(0, r * R + t, d),
+            )
+            store(
+                2,
+                r,
+                left,
+                lambda m, t: weights[r * R + t, key(m)],
+                lambda t, d: dy(0, r * R + t, d),
+            )
     return k.finish(5 * B * H * T * T * D)
 
 
@@ -929,48 +853,3 @@ def embedding(idx: Tensor, wte: Tensor, wpe: Tensor) -> Tensor:
         return [None, *call(embedding_gradient_kernel(*size), [dx, inputs[0]])]
 
     return call(embedding_kernel(*size), [idx.cast(dtypes.int), wte, wpe], backward)[0]
-
-
-CHUNK = 4096  # floats summed up at a time: long float sums lose digits
-
-
-@functools.cache
-def sum_of_squares_kernel(n: int) -> Program:
-    k = Kernel("sum_of_squares", n)
-    total, flat = k.output(1), k.input(n)
-    total[0] = 0.0
-    for first, count, own in segments(n, CHUNK):
-        with k.loop(count) as c:
-            x = lambda i: flat[first + c * own + i]
-            total[0] += k.sum(own, lambda i: x(i) * x(i))
-    return k.finish(2 * n)
-
-
-def sum_of_squares(flat: Tensor) -> Tensor:
-    """flat (n,) -> (1,)."""
-    return call(sum_of_squares_kernel(flat.shape[0]), [flat])[0]
-
-
-@functools.cache
-def adamw_kernel(
-    n: int, n_decay: int, beta1: float, beta2: float, eps: float, decay: float
-) -> Program:
-    k = Kernel("adamw", n, n_decay)
-    p, m, v = (k.output(n) for _ in range(3))
-    g, rates, coefficient = k.input(n), k.input(3), k.input(1)
-    for first, own, decay in ((0, n_decay, decay), (n_decay, n - n_decay, 0.0)):
-        if own:
-            with k.loop(own) as i:
-                i = first + i
-                gradient = g[i] * coefficient[0]
-                m[i] = beta1 * m[i] + (1 - beta1) * gradient
-                v[i] = beta2 * v[i] + (1 - beta2) * gradient * gradient
-                step = m[i] * rates[1] / ((v[i] * rates[2]).sqrt() + eps)
-                p[i] = p[i] * (1.0 - decay * rates[0]) - rates[0] * step
-    return k.finish(14 * n)
-
-
-def adamw(p, g, m, v, rates, coefficient, n_decay, beta1, beta2, eps, weight_decay) -> list[Tensor]:
-    """One step of AdamW on flat arrays"""
-    program = adamw_kernel(p.shape[0], n_decay, beta1, beta2, eps, weight_decay)
-    return call(program, [g, rates, coefficient], into=[p, m, v])

@@ -43,7 +43,7 @@ ROUNDINGS = {
     "cross_entropy gradient": 16,  # exp and a division [3]
     "logits": 80,  # two blocks; layer norms over three channels magnify what comes in [25]
     "loss": 32,  # the logits' errors average out; sums over all places do not [4]
-    "gradient": 256,  # forward and back again through the same layer norms [91]
+    "gradient": 256,  # forward and back again through the same layer norms [106]
     "loss of a run": 64,  # the loss, of weights that differ as below [6]
     # AdamW divides each gradient by its own running size. Where that is a thousandth of the
     # largest in its tensor, the gradient's rounding error counts a thousandfold.
