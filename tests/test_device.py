@@ -58,9 +58,12 @@ needs_sh = pytest.mark.skipif(os.name != "posix", reason="the compilers made her
 def machine(tmp_path: Path) -> Machine:
     """A machine with only tmp_path/bin on PATH: `machine(code, CC="gcc")` runs Python there.
 
-    DEV is CPU unless it is given: without, tinygrad looks for half a second for other devices.
+    DEV is CPU unless it is given: without, tinygrad looks for half a second for other devices. The
+    linker is there, because PoCL, OpenCL for CPUs, ends the process where it finds none.
     """
     (tmp_path / "bin").mkdir()
+    if linker := shutil.which("ld"):
+        (tmp_path / "bin/ld").symlink_to(linker)
     kept = {k: v for k, v in os.environ.items() if k not in ("CC", "DEV", "TINYGPT_ZIG")}
     given = {"PATH": str(tmp_path / "bin"), "PYTHONPATH": str(PACKAGE.parent), "DEV": "CPU"}
 
@@ -437,11 +440,9 @@ def test_dev_wins_over_the_default(machine: Machine, tmp_path: Path) -> None:
 
 @needs_sh
 def test_opencl_on_a_cpu_is_the_default_where_nothing_can_compile_for_the_cpu(
-    machine: Machine, tmp_path: Path
+    machine: Machine,
 ) -> None:
     if "CL" not in available_devices():
         pytest.skip("no OpenCL here")
-    if linker := shutil.which("ld"):  # PoCL runs it
-        (tmp_path / "bin" / "ld").symlink_to(linker)
     run = machine(NO_ZIG + PREPARE + "print(device.select_device(None))", DEV="")
     assert printed(run) == available_devices()[:1]  # CL, or a GPU that tinygrad prefers
