@@ -27,17 +27,11 @@ def llvm() -> dict[str, str]:
     return {"LLVM_PATH": str(found[0])} if found else {}
 
 
-def package(name: str) -> dict[str, str]:
-    return {"FOUND": name} if importlib.util.find_spec(name) else {}
-
-
 TARGETS = {
     "NULL:CUDA:sm_90": (nvidia("nvrtc"), "pip install nvidia-cuda-nvrtc"),
     "NULL:PTX:sm_90": (nvidia("nvJitLink"), "pip install nvidia-nvjitlink"),
     "NULL:AMDLLVM:gfx942": (llvm(), "apt-get install libllvm19"),
     "NULL:AMDLLVM:gfx1100": (llvm(), "apt-get install libllvm19"),
-    "NULL:NAK:sm_86": (package("tinymesa"), "pip install tinymesa"),
-    "NULL:IR3:a630": (package("tinymesa"), "pip install tinymesa"),
     "NULL:METAL:Apple7": ({"PARALLEL": "0"}, ""),
     "NULL:OPENCL": ({"PARALLEL": "1"}, ""),
     "NULL:WGSL": ({"PARALLEL": "1"}, ""),
