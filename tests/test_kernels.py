@@ -305,51 +305,6 @@ def test_tokens_outside_the_vocabulary_stay_inside_memory() -> None:
     assert loss.item() == 0
 
 
-# The optimizer ------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("n", [1, 4095, 4096, 10_001])
-def test_sum_of_squares(n: int) -> None:
-    x, y = random(n), random(n, seed=1)
-    assert_close("one", kernels.sum_of_squares(tensor(x)), np.array([(x**2).sum()]), 8)
-    both = kernels.sum_of_squares(tensor(x), tensor(y))
-    assert_close("of two, added", both, np.array([((x + y) ** 2).sum()]), 8)
-
-
-@pytest.mark.parametrize("n, n_decay", [(1, 0), (100, 100), (1000, 333)])
-def test_adamw(n: int, n_decay: int) -> None:
-    """Four steps, each at another rate, of one compiled function; in place, as in the reference."""
-    start, cut = random(n, seed=1), [n_decay]
-    p, m, v = (tensor(x).realize() for x in (start, np.zeros(n), np.zeros(n)))
-
-    def in_two(flat: Array) -> dict[str, Array]:
-        decayed, free = np.split(flat, cut)
-        return {"decayed": decayed[:, None], "free": free}  # the reference decays what has two axes
-
-    def flat(parts: dict[str, Array]) -> Array:
-        return np.concatenate([parts["decayed"].ravel(), parts["free"]])
-
-    @TinyJit
-    def step(g: Tensor, h: Tensor, rates: Tensor, coefficient: Tensor) -> None:
-        Tensor.realize(
-            *kernels.adamw(p, m, v, [g, h], rates, coefficient, n_decay, (0.9, 0.99), 1e-8, 0.1)
-        )
-
-    expected = in_two(start)
-    moments = ref.Moments.zero(expected)
-    for t in range(1, 5):
-        g, h, rate, coefficient = random(n, seed=t), random(n, seed=-t % 99), 0.1 / t, 0.5 * t
-        rates = np.array([rate, 1 / (1 - 0.9**t), 1 / (1 - 0.99**t)])
-        step(tensor(g), tensor(h), tensor(rates), tensor(np.array([coefficient])))
-        expected, moments = ref.adamw(
-            expected, in_two(coefficient * (g + h)), moments, rate, (0.9, 0.99), 1e-8, 0.1
-        )
-    # a few roundings in each of four steps
-    assert_close("p", p, flat(expected), 64)
-    assert_close("m", m, flat(moments.first), 64)
-    assert_close("v", v, flat(moments.second), 64)
-
-
 # Every use ----------------------------------------------------------------------------------------
 
 
