@@ -379,36 +379,26 @@ ROW_BLOCK = 128  # rows of the left matrix, which stay in the second-level cache
 DEPTH = 256  # a panel of this depth stays in the first-level cache
 
 
-class Matrix(NamedTuple):
-    """One side of a product; its `lines` are the rows of the left, the columns of the right."""
+class Left(NamedTuple):
+    """The left side of a product: its values, and whether neighbours in depth are so in memory."""
 
-    at: Binary  # (line, d) -> a value
-    along_depth: bool  # neighbours in memory are neighbours in depth
+    at: Binary  # (row, d) -> a value
+    along_depth: bool
 
-    @contextmanager
-    def loops(self, k: Kernel, lines: int, depth: int) -> Iterator[tuple[UOp, UOp]]:
-        """Loops over lines and depth, in the order of the memory."""
-        outer, inner = (lines, depth) if self.along_depth else (depth, lines)
-        with k.loop(outer) as x, k.loop(inner) as y:
-            yield (x, y) if self.along_depth else (y, x)
-
-    def copied(self, k: Kernel, lines: int, depth: int) -> Matrix:
+    def copied(self, k: Kernel, rows: int, depth: int) -> Left:
         """A block of it in an array of its own, laid out alike."""
-        copy = k.array(*((lines, depth) if self.along_depth else (depth, lines)))
-
-        def place(line: UOp, d: UOp) -> tuple[UOp, UOp]:
-            return (line, d) if self.along_depth else (d, line)
-
-        with self.loops(k, lines, depth) as (line, d):
-            copy[place(line, d)] = self.at(line, d)
-        return Matrix(lambda line, d: copy[place(line, d)], self.along_depth)
+        outer, inner = (rows, depth) if self.along_depth else (depth, rows)
+        copy = k.array(outer, inner)
+        with k.loop(outer) as x, k.loop(inner) as y:
+            copy[x, y] = self.at(x, y) if self.along_depth else self.at(y, x)
+        return Left(lambda m, d: copy[(m, d) if self.along_depth else (d, m)], self.along_depth)
 
 
 def matmul(
     k: Kernel,
     size: tuple[int, int, int],
-    left: Matrix,
-    right: Matrix,
+    left: Left,
+    right: Binary,
     out: Array,
     finish: Callable[[UOp, UOp, UOp], UOp] | None = None,
     copy_left: bool = False,
@@ -430,17 +420,16 @@ def matmul(
     panels = k.output(n_panels, step, tile.columns)
 
     with k.loop(steps) as s:
-        with k.loop(n_panels) as p, right.loops(k, tile.columns, step) as (n, d):
+        with k.loop(n_panels) as p, k.loop(step) as d, k.loop(tile.columns) as n:
             column, at = (p * tile.columns + n).minimum(columns - 1), s * step + d
-            value = right.at(column, at.minimum(depth - 1))
+            value = right(column, at.minimum(depth - 1))
             panels[p, d, n] = (at < depth).where(value, 0.0)
         with k.loop(ceil_div(tiles, tiles_per_block)) as b:
-            rows_of_block = Matrix(
-                lambda m, d: left.at(
-                    (b * block + m).minimum(rows - 1), (s * step + d).minimum(depth - 1)
-                ),
-                left.along_depth,
-            )
+
+            def at_left(m: UOp, d: UOp) -> UOp:
+                return left.at((b * block + m).minimum(rows - 1), (s * step + d).minimum(depth - 1))
+
+            rows_of_block = Left(at_left, left.along_depth)
             if copy_left or not left.along_depth:
                 rows_of_block = rows_of_block.copied(k, block, step)
             tiles_here = (tiles - b * tiles_per_block).minimum(tiles_per_block)
@@ -492,9 +481,8 @@ def linear_kernel(
         with k.loop(rows) as m, k.loop(outs) as n:
             y[m, n] = finish(m, n, k.sum(ins, lambda d: x[m, d] * weight[n, d]))
     else:
-        left = Matrix(lambda line, d: x[line, d], True)
-        right = Matrix(lambda line, d: weight[line, d], True)
-        matmul(k, (rows, outs, ins), left, right, y, finish)
+        left = Left(lambda m, d: x[m, d], along_depth=True)
+        matmul(k, (rows, outs, ins), left, lambda n, d: weight[n, d], y, finish)
     return k.finish(2 * rows * outs * ins)
 
 
@@ -517,9 +505,9 @@ def linear_gradient_kernel(
         value = mask(dy[m, n], m * outs + n)
         return value * slopes[m, n] if slopes else value
 
-    left = Matrix(lambda n, m: dz(m, n), False) if of_weight else Matrix(dz, True)
-    right = Matrix(lambda n, d: other[d, n], False)
-    matmul(k, size, left, right, out, copy_left=activation or dropout > 0)
+    left = Left(lambda n, m: dz(m, n), False) if of_weight else Left(dz, True)
+    copied = activation or dropout > 0
+    matmul(k, size, left, lambda n, d: other[d, n], out, copy_left=copied)
     return k.finish(2 * rows * outs * ins)
 
 
@@ -576,7 +564,7 @@ class Heads(NamedTuple):
     def panels(self, k: Kernel, part: int, to: Array) -> None:
         """Copies a part into panels (panels, D, columns), the right side of a product with it."""
         count, D, columns = to.shape
-        with k.loop(count) as p, k.loop(columns) as n, k.loop(D) as d:
+        with k.loop(count) as p, k.loop(D) as d, k.loop(columns) as n:
             to[p, d, n] = self(part, p * columns + n, d)
 
 
