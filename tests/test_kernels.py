@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,8 @@ from tests.reference import Array
 from tinygpt import kernels
 from tinygpt.config import Activation
 from tinygpt.kernels import Dropout
+from tinygpt.model import rotary_table
+from tinygpt.optimizer import NEWTON_SCHULZ, NEWTON_SCHULZ_STEPS
 
 pytestmark = pytest.mark.skipif(
     not kernels.usable(Tensor.empty(1)), reason="the kernels are for a CPU and clang"
@@ -76,11 +79,20 @@ def upstream(*shape: int) -> Array:
 
 # Linear -------------------------------------------------------------------------------------------
 
-FORWARD = {"gelu": ref.gelu, "gelu_tanh": ref.gelu_tanh, "relu": ref.relu}
-BACKWARD = {
+CAP = 2.5  # a number in the place of an activation caps softly
+FORWARD: dict[Activation | float, Any] = {
+    "gelu": ref.gelu,
+    "gelu_tanh": ref.gelu_tanh,
+    "relu": ref.relu,
+    "relu2": ref.relu2,
+    CAP: partial(ref.softcap, cap=CAP),
+}
+BACKWARD: dict[Activation | float, Any] = {
     "gelu": ref.gelu_backward,
     "gelu_tanh": ref.gelu_tanh_backward,
     "relu": ref.relu_backward,
+    "relu2": ref.relu2_backward,
+    CAP: partial(ref.softcap_backward, cap=CAP),
 }
 
 
@@ -88,7 +100,7 @@ def check_linear(
     rows: int,
     outs: int,
     ins: int,
-    activation: Activation | None = None,
+    activation: Activation | float | None = None,
     bias: bool = False,
     residual: bool = False,
     dropout: Dropout | None = None,
@@ -137,8 +149,8 @@ def test_linear(rows: int, outs: int, ins: int) -> None:
     check_linear(rows, outs, ins)
 
 
-@pytest.mark.parametrize("activation", [None, "gelu", "gelu_tanh", "relu"])
-def test_linear_with_everything(activation: Activation | None) -> None:
+@pytest.mark.parametrize("activation", [None, *FORWARD])
+def test_linear_with_everything(activation: Activation | float | None) -> None:
     check_linear(6, 21, 34, activation, bias=True, residual=True, dropout=Dropout(SEED, 0.3))
 
 
@@ -153,8 +165,8 @@ def test_linear_of_any_shape(rows: int, outs: int, ins: int) -> None:
     check_linear(rows, outs, ins)
 
 
-@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "relu"])
-def test_activations_over_their_whole_range(activation: Activation) -> None:
+@pytest.mark.parametrize("activation", [*FORWARD, 15.0])
+def test_activations_over_their_whole_range(activation: Activation | float) -> None:
     """Value and slope, each to a few roundings of 1, or of the value where that is larger.
 
     Abramowitz & Stegun's erf adds 1.5e-7 / 2, about a rounding of 1, times x.
@@ -165,11 +177,22 @@ def test_activations_over_their_whole_range(activation: Activation) -> None:
     y = kernels.linear(activation=activation, **tensors)
     slope = y.sum().gradient(tensors["x"])[0]
     with np.errstate(over="ignore"):
-        expected = FORWARD[activation](x)
-        expected_slope = BACKWARD[activation](np.ones_like(x), x)
-    size = np.maximum(1.0, np.abs(x))
+        if isinstance(activation, float):
+            expected = ref.softcap(x, activation)
+            expected_slope = ref.softcap_backward(np.ones_like(x), x, activation)
+        else:
+            expected = FORWARD[activation](x)
+            expected_slope = BACKWARD[activation](np.ones_like(x), x)
+    size, slope_size = np.maximum(1.0, np.abs(expected)), np.maximum(1.0, np.abs(expected_slope))
     assert (np.abs(y.numpy() - expected) / size).max() <= 8 * ROUNDOFF
-    assert np.abs(slope.numpy() - expected_slope).max() <= 8 * ROUNDOFF
+    assert (np.abs(slope.numpy() - expected_slope) / slope_size).max() <= 8 * ROUNDOFF
+
+
+def test_a_soft_cap_leaves_small_numbers_alone() -> None:
+    """To a few roundings of the number itself, however small: logits begin near 0."""
+    x = np.geomspace(1e-6, 12, 1001).astype(np.float32).astype(np.float64)[:, None]
+    y = kernels.linear(tensor(x), tensor(np.ones((1, 1))), activation=15.0).numpy()
+    assert (np.abs(y / ref.softcap(x, 15.0) - 1)).max() <= 4 * ROUNDOFF
 
 
 # Attention ----------------------------------------------------------------------------------------
@@ -235,7 +258,38 @@ def test_attention_with_extreme_scores() -> None:
     assert_close("y", kernels.attention(tensor(qkv), 2), y, 64)
 
 
+@pytest.mark.parametrize("norm, rotary", [(True, True), (True, False), (False, True)])
+@pytest.mark.parametrize("B, T, H, D", [(1, 1, 1, 2), (2, 7, 3, 6), (1, 33, 2, 64), (3, 5, 1, 70)])
+def test_norm_and_rotate(B: int, T: int, H: int, D: int, norm: bool, rotary: bool) -> None:
+    qkv = random(B, T, 3 * H * D)
+    table = rotary_table(T + 2, D) if rotary else None  # positions beyond T are not looked at
+
+    def each(function: Callable[..., Array], *arrays: Array) -> Array:
+        """For every head of queries and keys; values pass."""
+        heads = [a.reshape(B, T, 3, H, D).transpose(2, 0, 3, 1, 4) for a in arrays]
+        q_and_k = function(*(a[:2] for a in heads), norm, rotary)
+        parts = np.concatenate([q_and_k, heads[0][2:]])
+        return parts.transpose(1, 3, 0, 2, 4).reshape(qkv.shape)
+
+    y, gradient = each(ref.place, qkv), each(ref.place_backward, upstream(*qkv.shape), qkv)
+
+    def operation(qkv: Tensor) -> Tensor:
+        return kernels.norm_and_rotate(qkv, H, norm, table)
+
+    # the norm's sum of D values, forward and backward; a rotation is three operations
+    assert_agrees(operation, {"qkv": qkv}, y, {"qkv": gradient}, 8 + 3 * np.sqrt(D))
+
+
 # The other operations -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rows, C", [(1, 1), (3, 7), (5, 64), (2, 1000)])
+def test_rms_norm(rows: int, C: int) -> None:
+    x = random(rows, C)
+    x[0] *= 1e-3  # where eps matters
+    x = x.astype(np.float32).astype(np.float64)
+    gradients = {"x": ref.rms_norm_backward(upstream(rows, C), x)}
+    assert_agrees(kernels.rms_norm, {"x": x}, ref.rms_norm(x), gradients, 16 + np.sqrt(C))
 
 
 @pytest.mark.parametrize(
@@ -295,6 +349,24 @@ def test_embedding(B: int, T: int, C: int, V: int, P: int) -> None:
     assert_agrees(
         lambda **tables: kernels.embedding(integers(idx), **tables), inputs, y, gradients, 8
     )
+
+
+def test_embedding_without_positions() -> None:
+    idx = np.random.default_rng(0).integers(5, size=(3, 4))
+    table = random(5, 7)
+    gradient = {"wte": ref.embedding_backward(upstream(3, 4, 7), idx, table)}
+    assert_agrees(
+        lambda wte: kernels.embedding(integers(idx), wte), {"wte": table}, table[idx], gradient, 8
+    )
+
+
+@pytest.mark.parametrize("rows, columns", [(1, 1), (3, 7), (7, 3), (50, 33), (20, 300)])
+def test_orthogonalize(rows: int, columns: int) -> None:
+    """Five steps, of which each may triple an error: 3.4^5 is 480, but where it grows so fast the
+    numbers are small, and it shrinks again near 1. Ninety roundings were the most that was seen."""
+    g = random(rows, columns)
+    got = kernels.orthogonalize(tensor(g), NEWTON_SCHULZ_STEPS, NEWTON_SCHULZ)
+    assert_close("orthogonalized", got, ref.orthogonalized(g), 250)
 
 
 def test_tokens_outside_the_vocabulary_stay_inside_memory() -> None:

@@ -155,8 +155,36 @@ def test_layer_norm_uses_its_eps() -> None:
 
 
 @few
+@given(lead=st.lists(sizes, min_size=1, max_size=2), C=sizes, scale=st.floats(0.1, 10), seed=seeds)
+def test_rms_norm(lead: list[int], C: int, scale: float, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    x, dy = scale * normal(rng, *lead, C), normal(rng, *lead, C)
+    mean_square = (x**2).mean(axis=-1)
+    y = ref.rms_norm(x)
+    assert_same((y**2).mean(axis=-1), mean_square / (mean_square + 1e-6))
+    assert_same(y * np.sqrt(mean_square + 1e-6)[..., None], x)
+    assert_gradients(
+        lambda: float((ref.rms_norm(x) * dy).sum()), {"x": x}, {"x": ref.rms_norm_backward(dy, x)}
+    )
+
+
+@few
+@given(size=st.integers(1, 12), cap=st.floats(0.5, 30), seed=seeds)
+def test_softcap(size: int, cap: float, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    x, dy = 5 * normal(rng, size), normal(rng, size)
+    assert np.abs(ref.softcap(100 * x, cap)).max() <= cap
+    np.testing.assert_allclose(ref.softcap(1e-6 * x, cap), 1e-6 * x, rtol=1e-8)
+    assert_gradients(
+        lambda: float((ref.softcap(x, cap) * dy).sum()),
+        {"x": x},
+        {"x": ref.softcap_backward(dy, x, cap)},
+    )
+
+
+@few
 @given(size=st.integers(1, 12), seed=seeds)
-@pytest.mark.parametrize("name", ["relu", "gelu", "gelu_tanh"])
+@pytest.mark.parametrize("name", ["relu", "relu2", "gelu", "gelu_tanh"])
 def test_activations(name: str, size: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
     x, dy = 2 * normal(rng, size), normal(rng, size)
@@ -174,6 +202,7 @@ def test_activation_values() -> None:
     assert ref.gelu_tanh(np.array(1.0)) == pytest.approx(0.8411919906082768, rel=1e-14)
     assert ref.relu(np.array([-1.0, 0.0, 2.0])).tolist() == [0, 0, 2]
     assert ref.relu_backward(np.ones(3), np.array([-1.0, 0.0, 2.0])).tolist() == [0, 0, 1]
+    assert ref.relu2(np.array([-1.0, 0.0, 3.0])).tolist() == [0, 0, 9]
 
 
 @few
@@ -248,6 +277,46 @@ def attention_by_loops(qkv: Array, n_head: int) -> Array:
     return y
 
 
+def test_rotation_worked_by_hand() -> None:
+    """Four channels: the first and third turn by t, the second and fourth by t / sqrt(1000)."""
+    x = np.array([[1.0, 2.0, 3.0, 4.0]] * 3)
+    y = ref.rotate(x)
+    assert np.array_equal(y[0], x[0])
+    for t in (1, 2):
+        fast, slow = (1 + 3j) * np.exp(1j * t), (2 + 4j) * np.exp(1j * t / math.sqrt(1000))
+        assert_same(y[t], [fast.real, slow.real, fast.imag, slow.imag])
+
+
+@few
+@given(T=sizes, pairs=st.integers(1, 3), shift=st.integers(0, 4), seed=seeds)
+def test_rotated_products_know_only_the_distance(T: int, pairs: int, shift: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    q, k = normal(rng, 2 * pairs), normal(rng, 2 * pairs)
+    turned_q, turned_k = (ref.rotate(np.tile(x, (T + shift, 1))) for x in (q, k))
+    products = turned_q @ turned_k.T
+    for s in range(T):
+        for t in range(T):
+            assert_same(products[s, t], products[s + shift, t + shift])
+
+
+@few
+@given(
+    lead=sizes, T=sizes, pairs=st.integers(1, 3), qk_norm=st.booleans(), rotary=st.booleans(),
+    seed=seeds,
+)  # fmt: skip
+def test_placing(lead: int, T: int, pairs: int, qk_norm: bool, rotary: bool, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    x, dy = normal(rng, lead, T, 2 * pairs), normal(rng, lead, T, 2 * pairs)
+    assert_gradients(
+        lambda: float((ref.place(x, qk_norm, rotary) * dy).sum()),
+        {"x": x},
+        {"x": ref.place_backward(dy, x, qk_norm, rotary)},
+    )
+    if qk_norm:  # the norm comes first: rotation keeps lengths
+        lengths = (ref.place(x, True, rotary) ** 2).mean(axis=-1)
+        assert_same(lengths, (ref.rms_norm(x) ** 2).mean(axis=-1))
+
+
 @few
 @given(B=sizes, T=sizes, H=st.integers(1, 3), D=st.integers(1, 3), masked=st.booleans(), seed=seeds)
 def test_attention(B: int, T: int, H: int, D: int, masked: bool, seed: int) -> None:
@@ -299,6 +368,22 @@ def test_mlp(rows: int, C: int, bias: bool, activation: str, seed: int) -> None:
         lambda: float((ref.mlp(x, p, activation) * dy).sum()),
         p | {"x": x},
         gradients | {"x": dx},
+    )
+
+
+@few
+@given(seed=st.just(6))
+def test_mlp_with_squared_relu(seed: int) -> None:
+    """Far enough from its bend, where the second derivative jumps and differences lose digits."""
+    rng = np.random.default_rng(seed)
+    p = {"c_fc.weight": normal(rng, 12, 3), "c_proj.weight": normal(rng, 3, 12)}
+    x, dy = normal(rng, 2, 3), normal(rng, 2, 3)
+    hidden = x @ p["c_fc.weight"].T
+    assert np.abs(hidden).min() > 1e-2, "choose another seed"
+    assert_same(ref.mlp(x, p, "relu2"), np.where(hidden > 0, hidden, 0) ** 2 @ p["c_proj.weight"].T)
+    dx, gradients = ref.mlp_backward(dy, x, p, "relu2")
+    assert_gradients(
+        lambda: float((ref.mlp(x, p, "relu2") * dy).sum()), p | {"x": x}, gradients | {"x": dx}
     )
 
 
@@ -386,6 +471,58 @@ def test_gpt(
         return value
 
     assert_gradients(loss, p, ref.gpt_backward(p, idx, targets, H, activation, masks))
+
+
+@fewest
+@given(
+    B=st.integers(1, 2),
+    T=st.integers(1, 3),
+    V=st.integers(2, 5),
+    qk_norm=st.booleans(),
+    cap=st.sampled_from([0.0, 2.0]),
+    bias=st.booleans(),
+    masked=st.booleans(),
+    seed=seeds,
+)
+@pytest.mark.parametrize("rotary", [False, True], ids=["learned", "rotary"])
+@pytest.mark.parametrize("rms", [False, True], ids=["layer", "rms"])
+def test_modern_gpt(
+    rms: bool,
+    rotary: bool,
+    B: int,
+    T: int,
+    V: int,
+    qk_norm: bool,
+    cap: float,
+    bias: bool,
+    masked: bool,
+    seed: int,
+) -> None:
+    """What came after GPT-2, each thing with and without the others."""
+    rng = np.random.default_rng(seed)
+    H, D, L = 2, 2, 1
+    p = ref.random_parameters(rng, L, H * D, V, 3, bias, False, rotary, rms)
+    masks = ref.random_masks(rng, 0.3, L, H, H * D, B, T) if masked else {}
+    idx, targets = rng.integers(V, size=(2, B, T))
+    options = H, "gelu_tanh", masks, qk_norm, cap
+
+    def loss() -> float:
+        value = ref.gpt(p, idx, targets, *options)[1]
+        assert value is not None
+        return value
+
+    assert_gradients(loss, p, ref.gpt_backward(p, idx, targets, *options))
+
+
+def test_where_the_modern_parts_stand() -> None:
+    """Zero output projections leave norm(norm(embedding)) to the output layer, which is capped."""
+    rng = np.random.default_rng(4)
+    p = ref.random_parameters(rng, 2, 4, 5, 6, tied=False, rotary=True, rms=True)
+    p |= {name: 0 * a for name, a in p.items() if "c_proj" in name}
+    idx = rng.integers(5, size=(2, 6))
+    logits, _ = ref.gpt(p, idx, None, 2, softcap=3.0)
+    x = ref.rms_norm(ref.rms_norm(p["wte.weight"][idx]))
+    assert_same(logits, 3 * np.tanh(x @ p["lm_head.weight"].T / 3))
 
 
 def test_gpt_does_not_look_ahead() -> None:
@@ -501,6 +638,67 @@ def test_adamw_leaves_its_inputs_alone() -> None:
     moments = ref.Moments.zero(p)
     ref.adamw(p, g, moments, 0.1)
     assert np.array_equal(p["w"], np.ones((2, 2))) and not moments.first["w"].any()
+
+
+@few
+@given(rows=st.integers(1, 6), columns=st.integers(1, 6), seed=seeds)
+def test_orthogonalized(rows: int, columns: int, seed: int) -> None:
+    """Singular vectors stay, singular values become what the polynomial makes of them."""
+    g = normal(np.random.default_rng(seed), rows, columns)
+    u, s, v = np.linalg.svd(g, full_matrices=False)
+    expected = s / (np.linalg.norm(s) + 1e-7)
+    for _ in range(5):
+        expected = 3.4445 * expected - 4.7750 * expected**3 + 2.0315 * expected**5
+    assert_same(ref.orthogonalized(g), u * expected @ v)
+    assert_same(ref.orthogonalized(g.T), ref.orthogonalized(g).T)
+    assert_same(
+        ref.orthogonalized(np.stack([g, -g])), np.stack([u * expected @ v] * 2) * [[[1]], [[-1]]]
+    )
+
+
+def test_orthogonalized_singular_values_end_near_one() -> None:
+    values = np.linspace(0.01, 1, 1001)
+    spread = [ref.orthogonalized(np.diag([s, math.sqrt(1 - s * s)]))[0, 0] for s in values]
+    assert min(spread) > 0.66 and max(spread) < 1.21
+
+
+def test_muon_worked_by_hand() -> None:
+    """Two steps on a column of 4: orthogonalized, that is g / |g| times what a number 1 becomes.
+
+    lr 0.1, beta 0.5, decay 0.2; gradients g and then 2 g, so that m = g, then 2.5 g.
+    """
+    p, g = np.ones((4, 1)), np.array([[3.0], [0.0], [4.0], [0.0]])
+    one = float(ref.orthogonalized(np.array([[7.0]]))[0, 0])
+    step = 0.1 * 2 * one * g / 5  # the root of 4 rows by 1 column is 2
+    first, m = ref.muon(p, g, np.zeros_like(g), 0.1, 0.5, 0.2)
+    np.testing.assert_allclose(first, 0.98 * p - step, rtol=1e-6)  # 1e-7 in the norm
+    second, m = ref.muon(first, 2 * g, m, 0.1, 0.5, 0.2)
+    np.testing.assert_allclose(second, 0.98 * first - step, rtol=1e-6)
+    assert np.array_equal(m, 2.5 * g)
+
+
+@given(
+    warmup=st.integers(0, 20),
+    flat=st.integers(0, 20),
+    warmdown=st.integers(1, 50),
+    peak=st.floats(1e-5, 1),
+    share=st.floats(0, 1),
+)
+@settings(few, max_examples=50)
+def test_linear_decay(warmup: int, flat: int, warmdown: int, peak: float, share: float) -> None:
+    last, lowest = warmup + flat + warmdown, peak * share
+
+    def at(iteration: int) -> float:
+        return ref.linear_decay(iteration, peak, lowest, warmup, warmdown, last)
+
+    ramp = [at(i) for i in range(warmup)]
+    np.testing.assert_allclose(np.diff([0.0, *ramp, peak]), peak / (warmup + 1), rtol=1e-9)
+    assert {at(i) for i in range(warmup, last - warmdown + 1)} == {lowest + (peak - lowest)}
+    line = np.diff([at(i) for i in range(last - warmdown, last + 1)])
+    np.testing.assert_allclose(line, (lowest - peak) / warmdown, rtol=1e-9, atol=1e-15 * peak)
+    assert at(last) == at(last + 1) == at(10 * last) == lowest
+    assert ref.linear_decay(2, 1.0, 0.0, 9, 4, 4) == pytest.approx(0.3)  # the ramp is lower
+    assert ref.linear_decay(3, 1.0, 0.0, 9, 4, 4) == pytest.approx(0.25)  # the line is
 
 
 @given(

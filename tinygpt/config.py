@@ -6,10 +6,12 @@ The command line is made from these dataclasses: a field is a flag, its help tex
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args
 
-Activation = Literal["gelu_tanh", "gelu", "relu"]
+Activation = Literal["gelu_tanh", "gelu", "relu", "relu2"]
+Position = Literal["learned", "rotary"]
+Norm = Literal["layer", "rms"]
 
 
 class InputError(ValueError):
@@ -37,7 +39,11 @@ def _check_whole(config: Any, minimum: int, *names: str) -> None:
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """Shape of a GPT-2 (Radford et al. 2019). Raises InputError for shapes that cannot be built."""
+    """Shape of a GPT. Raises InputError for shapes that cannot be built.
+
+    The defaults make a GPT-2 (Radford et al. 2019). The fields from `position` on are what small
+    models have learned to do better since; each stands alone.
+    """
 
     block_size: int = _setting("longest context, in tokens")
     vocab_size: int = _setting("number of different tokens")
@@ -52,8 +58,28 @@ class GPTConfig:
         "use the token embedding as the output layer's weight too", default=True
     )
     activation: Activation = _setting(
-        "the MLP's nonlinearity: gelu_tanh (GPT-2), gelu (exact, nanoGPT) or relu (the lecture)",
+        "the MLP's nonlinearity: gelu_tanh (GPT-2), gelu (exact, nanoGPT), relu (the lecture) or "
+        "relu2 (its square)",
         default="gelu_tanh",
+    )
+    attn_dropout: float | None = _setting(
+        "probability of zeroing an attention weight while training (default: dropout)", default=None
+    )
+    position: Position = _setting(
+        "where a token stands: learned (a vector for each position) or rotary (queries and keys "
+        "are turned by an angle that grows with it)",
+        default="learned",
+    )
+    norm: Norm = _setting(
+        "layer (layer norm) or rms (root mean square, without weights, after the embedding too)",
+        default="layer",
+    )
+    qk_norm: bool = _setting("RMS norm of each query and key", default=False)
+    logit_softcap: float = _setting(
+        "logits stay within this, by cap * tanh(logit / cap); 0 for no limit", default=0.0
+    )
+    zero_init: bool = _setting(
+        "output projections and an untied output layer start at zero", default=False
     )
 
     def __post_init__(self) -> None:
@@ -63,14 +89,36 @@ class GPTConfig:
             f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}; "
             "every head needs the same number of channels",
         )
+        for name in ("dropout", "attention_dropout"):
+            value = getattr(self, name)
+            _check(0 <= value < 1, f"{name} is {value}; it must be at least 0 and below 1")
+        choices = {"activation": Activation, "position": Position, "norm": Norm}
+        for name, kind in choices.items():
+            value = getattr(self, name)
+            _check(
+                value in get_args(kind),
+                f"{name} is {value!r}; it must be one of " + ", ".join(get_args(kind)),
+            )
         _check(
-            0 <= self.dropout < 1, f"dropout is {self.dropout}; it must be at least 0 and below 1"
+            self.position == "learned" or self.n_embd // self.n_head % 2 == 0,
+            f"n_embd / n_head is {self.n_embd // self.n_head}; rotary positions turn pairs of "
+            "channels, so it must be even",
         )
         _check(
-            self.activation in get_args(Activation),
-            f"activation is {self.activation!r}; it must be one of "
-            + ", ".join(get_args(Activation)),
+            0 <= self.logit_softcap < math.inf,
+            f"logit_softcap is {self.logit_softcap}; it must be 0 or more, and finite",
         )
+
+    @property
+    def attention_dropout(self) -> float:
+        return self.dropout if self.attn_dropout is None else self.attn_dropout
+
+    def beyond_gpt2(self) -> list[str]:
+        """The settings that GPT-2's own formats have no place for; dropout aside."""
+        names = ("position", "norm", "qk_norm", "logit_softcap")
+        defaults = {f.name: f.default for f in fields(self)}
+        found = [n for n in names if getattr(self, n) != defaults[n]]
+        return found + (["activation"] if self.activation == "relu2" else [])
 
 
 @dataclass(frozen=True)
@@ -107,19 +155,39 @@ class TrainConfig:
     out_dir: str = _setting("folder of the run (default: runs/<preset>)", default="")
     max_iters: int = _setting("training steps", default=2000)
     batch_size: int = _setting("rows per step, each of block_size tokens", default=12)
-    learning_rate: float = _setting("peak learning rate of AdamW", default=1e-3)
+    optimizer: Literal["adamw", "muon"] = _setting(
+        "adamw, or muon: Muon for the matrices of the blocks, AdamW for everything else",
+        default="adamw",
+    )
+    learning_rate: float = _setting("peak learning rate", default=1e-3)
+    embedding_lr: float | None = _setting(
+        "the same of the token and position embedding (default: learning_rate)", default=None
+    )
+    head_lr: float | None = _setting(
+        "the same of an untied output layer (default: learning_rate)", default=None
+    )
+    schedule: Literal["cosine", "linear"] = _setting(
+        "decay of the learning rates: cosine (from the warm-up on) or linear (over the last "
+        "warmdown_iters steps)",
+        default="cosine",
+    )
     min_lr: float | None = _setting(
-        "learning rate at the end of the decay (default: a tenth of learning_rate)", default=None
+        "learning_rate at the end of the decay, the others in proportion (default: a tenth)",
+        default=None,
     )
     warmup_iters: int = _setting(
         "steps over which the learning rate rises from 0 to its peak", default=100
     )
     lr_decay_iters: int | None = _setting(
-        "step at which the cosine decay reaches min_lr (default: max_iters)", default=None
+        "step at which the decay reaches min_lr (default: max_iters)", default=None
+    )
+    warmdown_iters: int | None = _setting(
+        "steps of the linear decay (default: half of lr_decay_iters)", default=None
     )
     weight_decay: float = _setting(
         "decoupled weight decay of matrices; biases and norms have none", default=0.1
     )
+    momentum: float = _setting("Muon's decay rate of past gradients", default=0.95)
     beta1: float = _setting("AdamW's decay rate of the first moment", default=0.9)
     beta2: float = _setting("AdamW's decay rate of the second moment", default=0.99)
     grad_clip: float = _setting("largest global norm of the gradients, 0 for no limit", default=1.0)
@@ -138,16 +206,25 @@ class TrainConfig:
             "max_download_mb",
         )  # fmt: skip
         _check_whole(self, 0, "warmup_iters", "seed", "devices")
-        if self.lr_decay_iters is not None:
-            _check_whole(self, 1, "lr_decay_iters")
-        for name in ("learning_rate", "final_lr", "weight_decay", "grad_clip"):
+        for name in ("lr_decay_iters", "warmdown_iters"):
+            if getattr(self, name) is not None:
+                _check_whole(self, 1, name)
+        for name, kinds in (("optimizer", ("adamw", "muon")), ("schedule", ("cosine", "linear"))):
             value = getattr(self, name)
-            _check(0 <= value < math.inf, f"{name} is {value}; it must be 0 or more, and finite")
+            _check(value in kinds, f"{name} is {value!r}; it must be one of {', '.join(kinds)}")
+        for name in (
+            "learning_rate", "embedding_lr", "head_lr", "final_lr", "weight_decay", "grad_clip",
+        ):  # fmt: skip
+            value = getattr(self, name)
+            if value is not None:
+                _check(
+                    0 <= value < math.inf, f"{name} is {value}; it must be 0 or more, and finite"
+                )
         _check(
             self.final_lr <= self.learning_rate,
             f"min_lr {self.final_lr} is above learning_rate {self.learning_rate}; it must not be",
         )
-        for name in ("beta1", "beta2"):
+        for name in ("beta1", "beta2", "momentum"):
             value = getattr(self, name)
             _check(0 <= value < 1, f"{name} is {value}; it must be at least 0 and below 1")
 
@@ -158,6 +235,10 @@ class TrainConfig:
     @property
     def decay_iters(self) -> int:
         return self.max_iters if self.lr_decay_iters is None else self.lr_decay_iters
+
+    @property
+    def linear_iters(self) -> int:
+        return self.decay_iters // 2 if self.warmdown_iters is None else self.warmdown_iters
 
 
 @dataclass(frozen=True)

@@ -331,7 +331,34 @@ def relu(x: UOp) -> tuple[UOp, UOp]:
     return x.maximum(0.0), (x > 0).where(UOp.const(1.0), UOp.const(0.0))
 
 
-ACTIVATIONS = {"gelu": gelu, "gelu_tanh": gelu_tanh, "relu": relu}
+def relu2(x: UOp) -> tuple[UOp, UOp]:
+    positive = x.maximum(0.0)
+    return positive * positive, 2.0 * positive
+
+
+# tanh(u) / u - 1 over u^2, for |u| < 0.625, highest power first (Cephes' tanhf, Moshier 1992).
+TANH = (-5.70498872745e-3, 2.06390887954e-2, -5.37397155531e-2, 1.33314422036e-1, -3.33332819422e-1)
+
+
+def softcap(x: UOp, cap: float) -> tuple[UOp, UOp]:
+    """cap tanh u with u = x / cap, and its slope, 1 - tanh^2 u."""
+    u = x * (1 / cap)
+    size = (u < 0).where(-u, u)
+    e = exp2(size * (-2 * LOG2_E))
+    large = 1.0 - 2.0 * e / (1.0 + e)
+    series: Value = TANH[0]
+    for coefficient in TANH[1:]:
+        series = series * (u * u) + coefficient
+    tanh = (size < 0.625).where(u + u * (u * u) * series, (u < 0).where(-large, large))
+    return tanh * cap, 1.0 - tanh * tanh
+
+
+ACTIVATIONS = {"gelu": gelu, "gelu_tanh": gelu_tanh, "relu": relu, "relu2": relu2}
+
+
+def activate(x: UOp, activation: Activation | float) -> tuple[UOp, UOp]:
+    """Value and slope; a number is a soft cap."""
+    return ACTIVATIONS[activation](x) if isinstance(activation, str) else softcap(x, activation)
 
 
 # Dropout ------------------------------------------------------------------------------------------
@@ -458,11 +485,13 @@ def linear_kernel(
     outs: int,
     ins: int,
     bias: bool,
-    activation: Activation | None,
+    activation: Activation | float | None,
     residual: bool,
     dropout: float,
 ) -> Program:
-    k = Kernel(f"linear_{activation}", rows, outs, ins, bias, residual, dropout > 0)
+    k = Kernel(
+        f"linear_{activation}".replace(".", "_"), rows, outs, ins, bias, residual, dropout > 0
+    )
     y, x, weight = k.output(rows, outs), k.input(rows, ins), k.input(outs, ins)
     biases = k.input(outs) if bias else None
     slopes = k.output(rows, outs) if activation else None
@@ -473,7 +502,7 @@ def linear_kernel(
         if biases:
             value = value + biases[n]
         if activation and slopes:
-            value, slopes[m, n] = ACTIVATIONS[activation](value)
+            value, slopes[m, n] = activate(value, activation)
         value = mask(value, m * outs + n)
         return value + residuals[m, n] if residuals else value
 
@@ -515,7 +544,7 @@ def linear(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
-    activation: Activation | None = None,
+    activation: Activation | float | None = None,
     residual: Tensor | None = None,
     dropout: Dropout | None = None,
 ) -> Tensor:
@@ -701,6 +730,69 @@ def attention(qkv: Tensor, n_head: int, dropout: Dropout | None = None) -> Tenso
     return call(attention_kernel(*size), inputs, backward)[0].reshape(B, T, C)
 
 
+@functools.cache
+def norm_and_rotate_kernel(
+    B: int, T: int, H: int, D: int, positions: int, norm: bool, eps: float, backward: bool
+) -> Program:
+    """Queries and keys by r = 1 / sqrt(mean(x^2) + eps), if wanted, and turned, if there are
+    positions; values as they are.
+
+    Backward: dy is turned the other way, and then dx = r (dy - x r mean(dy x r)).
+    """
+    k = Kernel("norm_and_rotate" + "_d" * backward, B, T, H, D, positions, norm)
+    out, x = k.output(B, T, 3, H, D), k.input(B, T, 3, H, D)
+    source = k.input(B, T, 3, H, D) if backward else x
+    table = k.input(2, positions, D // 2) if positions else None
+    turned, half = k.array(D), D // 2
+    with k.loop(B) as b, k.loop(T) as t:
+        with k.loop(2) as part, k.loop(H) as h:
+            if table:
+                with k.loop(half) as d:
+                    first, second = (source[b, t, part, h, i] for i in (d, d + half))
+                    cos, sin = table[0, t, d], table[1, t, d]
+                    sin = -sin if backward else sin
+                    turned[d] = first * cos - second * sin
+                    turned[d + half] = first * sin + second * cos
+            else:
+                with k.loop(D) as d:
+                    turned[d] = source[b, t, part, h, d]
+            scale, along = UOp.const(1.0), UOp.const(0.0)
+            if norm:
+                squares = k.sum(D, lambda d: x[b, t, part, h, d] * x[b, t, part, h, d])
+                scale = 1.0 / (squares * (1 / D) + eps).sqrt()
+            if norm and backward:
+                along = k.sum(D, lambda d: turned[d] * x[b, t, part, h, d]) * (1 / D)
+            with k.loop(D) as d:
+                value = turned[d]
+                if norm and backward:
+                    value = value - x[b, t, part, h, d] * (scale * scale * along)
+                out[b, t, part, h, d] = value * scale
+        with k.loop(H) as h, k.loop(D) as d:
+            out[b, t, 2, h, d] = source[b, t, 2, h, d]
+    return k.finish(10 * B * T * H * D)
+
+
+def norm_and_rotate(
+    qkv: Tensor, n_head: int, norm: bool, table: Tensor | None, eps: float = 1e-6
+) -> Tensor:
+    """RMS norm of each query and key, if wanted, then rotation, if there is a table.
+
+    qkv (B, T, 3 C); table (2, P, D / 2) holds cosines and sines of P >= T positions.
+    """
+    B, T, D = qkv.shape[0], qkv.shape[1], qkv.shape[2] // (3 * n_head)
+    size = (B, T, n_head, D, 0 if table is None else table.shape[1], norm, eps)
+    tables = [] if table is None else [table]
+
+    def backward(dy: Tensor, outputs: list[Tensor], inputs: list[Tensor]) -> list[Tensor | None]:
+        given = [inputs[0], dy, *inputs[1:]]
+        dqkv = call(norm_and_rotate_kernel(*size, backward=True), given)[0]
+        return [dqkv, *[None] * len(tables)]
+
+    inputs = [qkv.reshape(B, T, 3, n_head, D), *tables]
+    program = norm_and_rotate_kernel(*size, backward=False)
+    return call(program, inputs, backward)[0].reshape(qkv.shape)
+
+
 # The rest -----------------------------------------------------------------------------------------
 
 
@@ -757,6 +849,41 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float
 
 
 @functools.cache
+def rms_norm_kernel(rows: int, C: int, eps: float) -> Program:
+    k = Kernel("rms_norm", rows, C)
+    y, stats, x = k.output(rows, C), k.output(rows), k.input(rows, C)
+    with k.loop(rows) as i:
+        squares = k.sum(C, lambda c: x[i, c] * x[i, c])
+        stats[i] = 1.0 / (squares * (1 / C) + eps).sqrt()
+        with k.loop(C) as c:
+            y[i, c] = x[i, c] * stats[i]
+    return k.finish(4 * rows * C)
+
+
+@functools.cache
+def rms_norm_gradient_kernel(rows: int, C: int) -> Program:
+    """With y = x r: dx = r (dy - y mean(dy y))."""
+    k = Kernel("rms_norm_d", rows, C)
+    dx, dy, x, stats = k.output(rows, C), k.input(rows, C), k.input(rows, C), k.input(rows)
+    with k.loop(rows) as i:
+        along = k.sum(C, lambda c: dy[i, c] * x[i, c]) * (1 / C) * stats[i] * stats[i]
+        with k.loop(C) as c:
+            dx[i, c] = (dy[i, c] - x[i, c] * along) * stats[i]
+    return k.finish(6 * rows * C)
+
+
+def rms_norm(x: Tensor, eps: float = 1e-6) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) over the last axis; x (..., C)."""
+    C = x.shape[-1]
+    rows = x.numel() // C
+
+    def backward(dy: Tensor, outputs: list[Tensor], inputs: list[Tensor]) -> list[Tensor | None]:
+        return [call(rms_norm_gradient_kernel(rows, C), [dy, inputs[0], outputs[1]])[0]]
+
+    return call(rms_norm_kernel(rows, C, eps), [x.reshape(rows, C)], backward)[0].reshape(x.shape)
+
+
+@functools.cache
 def cross_entropy_kernel(rows: int, V: int) -> Program:
     k = Kernel("cross_entropy", rows, V)
     loss, losses, stats = k.output(1), k.output(rows), k.output(2, rows)
@@ -809,35 +936,81 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 @functools.cache
-def embedding_kernel(B: int, T: int, C: int, V: int, P: int) -> Program:
-    k = Kernel("embedding", B, T, C, V, P)
+def embedding_kernel(B: int, T: int, C: int, V: int, positions: int) -> Program:
+    k = Kernel("embedding", B, T, C, V, positions)
     x, idx = k.output(B, T, C), k.input(B, T, dtype=dtypes.int)
-    wte, wpe = k.input(V, C), k.input(P, C)
+    wte, wpe = k.input(V, C), k.input(positions, C) if positions else None
     with k.loop(B) as b, k.loop(T) as t, k.loop(C) as c:
-        x[b, t, c] = wte[token(idx[b, t], V)[0], c] + wpe[t, c]
+        row = wte[token(idx[b, t], V)[0], c]
+        x[b, t, c] = row + wpe[t, c] if wpe else row
     return k.finish(B * T * C)
 
 
 @functools.cache
-def embedding_gradient_kernel(B: int, T: int, C: int, V: int, P: int) -> Program:
-    k = Kernel("embedding_d", B, T, C, V, P)
-    dwte, dwpe = k.output(V, C), k.output(P, C)
+def embedding_gradient_kernel(B: int, T: int, C: int, V: int, positions: int) -> Program:
+    k = Kernel("embedding_d", B, T, C, V, positions)
+    dwte, dwpe = k.output(V, C), k.output(positions, C) if positions else None
     dx, idx = k.input(B, T, C), k.input(B, T, dtype=dtypes.int)
     with k.loop(V) as v, k.loop(C) as c:
         dwte[v, c] = 0.0
-    with k.loop(P) as t, k.loop(C) as c:
-        dwpe[t, c] = 0.0
+    if dwpe:
+        with k.loop(positions) as t, k.loop(C) as c:
+            dwpe[t, c] = 0.0
     with k.loop(B) as b, k.loop(T) as t, k.loop(C) as c:
         dwte[token(idx[b, t], V)[0], c] += dx[b, t, c]
-        dwpe[t, c] += dx[b, t, c]
+        if dwpe:
+            dwpe[t, c] += dx[b, t, c]
     return k.finish(2 * B * T * C)
 
 
-def embedding(idx: Tensor, wte: Tensor, wpe: Tensor) -> Tensor:
+def embedding(idx: Tensor, wte: Tensor, wpe: Tensor | None = None) -> Tensor:
     """wte[idx] + wpe[:T]: idx (B, T) int32, wte (V, C), wpe (P, C) with P >= T -> (B, T, C)."""
-    size = (*idx.shape, *reversed(wte.shape), wpe.shape[0])
+    size = (*idx.shape, *reversed(wte.shape), 0 if wpe is None else wpe.shape[0])
 
     def backward(dx: Tensor, outputs: list[Tensor], inputs: list[Tensor]) -> list[Tensor | None]:
         return [None, *call(embedding_gradient_kernel(*size), [dx, inputs[0]])]
 
-    return call(embedding_kernel(*size), [idx.cast(dtypes.int), wte, wpe], backward)[0]
+    inputs = [idx.cast(dtypes.int), wte, *([] if wpe is None else [wpe])]
+    return call(embedding_kernel(*size), inputs, backward)[0]
+
+
+# Muon ---------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def orthogonalize_kernel(
+    rows: int, columns: int, steps: int, polynomial: tuple[float, float, float], eps: float
+) -> Program:
+    """All steps in one kernel: x = (a + b S + c S^2) x with S = x x^T, x lying rather than tall."""
+    k, (size, length) = Kernel("orthogonalize", rows, columns), sorted((rows, columns))
+    out, g = k.output(rows, columns), k.input(rows * columns)
+    x, new = k.output(size, length), k.output(size, length)
+    square, factor = k.output(size, size), k.output(size, size)
+    a, b, c = polynomial
+
+    def rows_of(array: Array) -> Left:
+        return Left(lambda m, d: array[m, d], along_depth=True)
+
+    def finish(m: UOp, n: UOp, value: UOp) -> UOp:
+        return m.eq(n).where(a, 0.0) + b * square[m, n] + c * value
+
+    norm = k.sum(rows * columns, lambda i: g[i] * g[i]).sqrt()
+    with k.loop(size) as i, k.loop(length) as j:
+        x[i, j] = g[j * columns + i if rows > columns else i * columns + j] / (norm + eps)
+    with k.loop(steps):
+        matmul(k, (size, size, length), rows_of(x), lambda n, d: x[n, d], square)
+        matmul(k, (size,) * 3, rows_of(square), lambda n, d: square[n, d], factor, finish)
+        matmul(k, (size, length, size), rows_of(factor), lambda n, d: x[d, n], new)
+        with k.loop(size) as i, k.loop(length) as j:
+            x[i, j] = new[i, j]
+    with k.loop(rows) as i, k.loop(columns) as j:
+        out[i, j] = x[j, i] if rows > columns else x[i, j]
+    return k.finish(2 * steps * size * size * (2 * length + size))
+
+
+def orthogonalize(
+    g: Tensor, steps: int, polynomial: tuple[float, float, float], eps: float = 1e-7
+) -> Tensor:
+    """See `optimizer.orthogonalize`. g (rows, columns)."""
+    rows, columns = (int(n) for n in g.shape)
+    return call(orthogonalize_kernel(rows, columns, steps, polynomial, eps), [g])[0]

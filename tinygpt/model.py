@@ -28,26 +28,27 @@ from tinygpt.config import Activation, BigramConfig, GPTConfig, InputError, Mode
 from tinygpt.sampling import Decoder, Tokens, sample_tokens
 
 INIT_STD = 0.02  # GPT-2's standard deviation for weight matrices
+ROTARY_BASE = 1000.0  # the paper's is 10,000; contexts here are short
 
 # Operations ---------------------------------------------------------------------------------------
 
 
-def embedding(idx: Tensor, wte: Tensor, wpe: Tensor) -> Tensor:
-    """Row idx of wte (V, C) plus the position's row of wpe (P, C); idx (B, T) -> (B, T, C)."""
+def embedding(idx: Tensor, wte: Tensor, wpe: Tensor | None = None) -> Tensor:
+    """Row idx of wte (V, C), plus the position's row of wpe (P, C); idx (B, T) -> (B, T, C)."""
     if kernels.usable(wte):
         return kernels.embedding(idx, wte, wpe)
-    return wte[idx] + wpe[: idx.shape[1]]
+    return wte[idx] if wpe is None else wte[idx] + wpe[: idx.shape[1]]
 
 
 def linear(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
-    activation: Activation | None = None,
+    activation: Activation | float | None = None,
     dropout: float = 0.0,
 ) -> Tensor:
-    """x (..., in) @ weight (out, in) transposed + bias (out,) -> (..., out); then the activation,
-    then dropout."""
+    """x (..., in) @ weight (out, in) transposed + bias (out,) -> (..., out); then the activation (a
+    number is a soft cap), then dropout."""
     if kernels.usable(x):
         drop = seeded_dropout(dropout, x.device)
         return kernels.linear(x, weight, bias, activation, dropout=drop)
@@ -65,10 +66,15 @@ def seeded_dropout(p: float, device: Any) -> kernels.Dropout | None:
     return kernels.Dropout(Tensor.rand(1, device=device).bitcast(dtypes.uint32), p)
 
 
-def activate(x: Tensor, activation: Activation) -> Tensor:
-    """GELU (Hendrycks & Gimpel 2016), exact or through tanh, or ReLU."""
-    if activation == "relu":
+def activate(x: Tensor, activation: Activation | float) -> Tensor:
+    """GELU (Hendrycks & Gimpel 2016), exact or through tanh, ReLU, its square (So et al. 2021), or
+    a soft cap: cap * tanh(x / cap)."""
+    if not isinstance(activation, str):
+        y = activation * (x / activation).tanh()
+    elif activation == "relu":
         y = x.relu()
+    elif activation == "relu2":
+        y = x.relu().square()
     else:
         y = x.gelu("tanh" if activation == "gelu_tanh" else "none")
     return y.contiguous().contiguous_backward()
@@ -86,6 +92,32 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float
     return y.contiguous().contiguous_backward()
 
 
+def rms_norm(x: Tensor, eps: float = 1e-6) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) over the last axis, without weights (Zhang & Sennrich 2019)."""
+    if kernels.usable(x):
+        return kernels.rms_norm(x, eps)
+    y = x * (x.square().mean(axis=-1, keepdim=True) + eps).rsqrt()
+    return y.contiguous().contiguous_backward()
+
+
+def rotate(x: Tensor, table: Tensor) -> Tensor:
+    """Turns each pair of channels i, i + D / 2 of x (..., T, D) by its position's angle, whose
+    cosine and sine are in table (2, T, D / 2) (Su et al. 2021).
+
+    The product of a turned query and a turned key depends on their distance, not their places.
+    """
+    cos, sin = table[0], table[1]  # (T, D / 2) each
+    a, b = x.chunk(2, dim=-1)
+    return (a * cos - b * sin).cat(a * sin + b * cos, dim=-1)
+
+
+def rotary_table(size: int, head_size: int) -> Tensor:
+    """Cosines and sines for `rotate`, (2, size, head_size / 2): angles t * base^(-2 i / D)."""
+    frequencies = ROTARY_BASE ** (-2 * np.arange(head_size // 2) / head_size)
+    angles = np.outer(np.arange(size), frequencies)
+    return Tensor(np.stack([np.cos(angles), np.sin(angles)]).astype(np.float32)).realize()
+
+
 def attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, dropout: float = 0.0
 ) -> Tensor:
@@ -100,17 +132,35 @@ def attention(
     return (weights.dropout(dropout) @ v).contiguous().contiguous_backward()
 
 
-def causal_attention(qkv: Tensor, n_head: int, dropout: float = 0.0) -> Tensor:
+def causal_attention(
+    qkv: Tensor,
+    n_head: int,
+    dropout: float = 0.0,
+    qk_norm: bool = False,
+    rotary: Tensor | None = None,
+) -> Tensor:
     """Self-attention of all heads at once, each position seeing itself and the past.
 
-    qkv (B, T, 3 C): q, k and v side by side, in each of them the heads -> (B, T, C).
+    qkv (B, T, 3 C): q, k and v side by side, in each of them the heads -> (B, T, C). Queries and
+    keys may be normalized first, then rotated by the angles in rotary (2, P >= T, D / 2).
     """
-    if kernels.usable(qkv):
-        return kernels.attention(qkv, n_head, seeded_dropout(dropout, qkv.device))
     B, T, C3 = qkv.shape
+    if kernels.usable(qkv):
+        if qk_norm or rotary is not None:
+            qkv = kernels.norm_and_rotate(qkv, n_head, qk_norm, rotary)
+        return kernels.attention(qkv, n_head, seeded_dropout(dropout, qkv.device))
     q, k, v = split_heads(qkv, n_head)  # (B, H, T, D) each
+    q, k = (norm_and_rotate(x, qk_norm, rotary) for x in (q, k))
     y = attention(q, k, v, causal_mask(T, qkv.device), dropout)
     return y.transpose(1, 2).reshape(B, T, C3 // 3)  # the heads side by side again
+
+
+def norm_and_rotate(x: Tensor, qk_norm: bool, rotary: Tensor | None) -> Tensor:
+    """What queries and keys (..., T, D) go through before they meet."""
+    x = rms_norm(x) if qk_norm else x
+    if rotary is None:
+        return x
+    return rotate(x, rotary[:, : x.shape[-2]]).contiguous().contiguous_backward()
 
 
 def split_heads(qkv: Tensor, n_head: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -177,7 +227,7 @@ class Linear:
         self.bias = constant(0.0, n_out) if bias else None
 
     def __call__(
-        self, x: Tensor, activation: Activation | None = None, dropout: float = 0.0
+        self, x: Tensor, activation: Activation | float | None = None, dropout: float = 0.0
     ) -> Tensor:
         return linear(x, self.weight, self.bias, activation, dropout)
 
@@ -191,6 +241,17 @@ class LayerNorm:
 
     def __call__(self, x: Tensor) -> Tensor:
         return layer_norm(x, self.weight, self.bias)
+
+
+class RMSNorm:
+    """No weights."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return rms_norm(x)
+
+
+def make_norm(config: GPTConfig) -> LayerNorm | RMSNorm:
+    return RMSNorm() if config.norm == "rms" else LayerNorm(config.n_embd, config.bias)
 
 
 class Head:
@@ -217,19 +278,26 @@ class CausalSelfAttention:
         C = config.n_embd
         self.c_attn = Linear(C, 3 * C, rng, config.bias)
         self.c_proj = Linear(C, C, rng, config.bias, std=residual_std(config))
-        self.n_head, self.dropout = config.n_head, config.dropout
+        self.config = config
 
-    def __call__(self, x: Tensor, cache: Tensor | None = None, position: int | UOp = 0) -> Tensor:
-        B, T, C = x.shape
+    def __call__(
+        self,
+        x: Tensor,
+        rotary: Tensor | None = None,
+        cache: Tensor | None = None,
+        position: int | UOp = 0,
+    ) -> Tensor:
+        (B, T, C), c = x.shape, self.config
         qkv = self.c_attn(x)  # (B, T, 3 C)
         if cache is None:
-            y = causal_attention(qkv, self.n_head, self.dropout)
+            y = causal_attention(qkv, c.n_head, c.attention_dropout, c.qk_norm, rotary)
         else:  # T is 1: the token at `position` looks at everything that the cache holds
-            q, k, v = split_heads(qkv, self.n_head)  # (B, H, 1, D) each
+            q, k, v = split_heads(qkv, c.n_head)  # (B, H, 1, D) each
+            q, k = (norm_and_rotate(part, c.qk_norm, rotary) for part in (q, k))
             cache[:, :, :, position : position + 1].assign(Tensor.stack(k, v)).realize()
             y = attention(q, cache[0, :, :, : position + 1], cache[1, :, :, : position + 1])
             y = y.transpose(1, 2).reshape(B, T, C)
-        return self.c_proj(y, dropout=self.dropout)
+        return self.c_proj(y, dropout=c.dropout)
 
 
 class MLP:
@@ -250,19 +318,26 @@ class Block:
     """Communication, then computation, each added to the residual stream (B, T, C)."""
 
     def __init__(self, config: GPTConfig, rng: Generator | None):
-        self.ln_1 = LayerNorm(config.n_embd, config.bias)
+        self.ln_1 = make_norm(config)
         self.attn = CausalSelfAttention(config, rng)
-        self.ln_2 = LayerNorm(config.n_embd, config.bias)
+        self.ln_2 = make_norm(config)
         self.mlp = MLP(config, rng)
 
-    def __call__(self, x: Tensor, cache: Tensor | None = None, position: int | UOp = 0) -> Tensor:
-        x = x + self.attn(self.ln_1(x), cache, position)
+    def __call__(
+        self,
+        x: Tensor,
+        rotary: Tensor | None = None,
+        cache: Tensor | None = None,
+        position: int | UOp = 0,
+    ) -> Tensor:
+        x = x + self.attn(self.ln_1(x), rotary, cache, position)
         return x + self.mlp(self.ln_2(x))
 
 
 def residual_std(config: GPTConfig) -> float:
-    """GPT-2 shrinks the layers that add to the residual stream, two per block, to keep its size."""
-    return INIT_STD / math.sqrt(2 * config.n_layer)
+    """GPT-2 shrinks the layers that add to the residual stream, two per block, to keep its size;
+    from zero every block starts as if it were not there."""
+    return 0.0 if config.zero_init else INIT_STD / math.sqrt(2 * config.n_layer)
 
 
 # Models -------------------------------------------------------------------------------------------
@@ -402,13 +477,23 @@ class GPT(LanguageModel):
     def __init__(self, config: GPTConfig, seed: int | None = 0):
         """Draws the weights; with seed None they have no values until they are assigned."""
         rng = None if seed is None else np.random.default_rng(seed)
-        self.config = config
-        self.wte = Embedding(config.vocab_size, config.n_embd, rng)
-        self.wpe = Embedding(config.block_size, config.n_embd, rng)
-        self.h = [Block(config, rng) for _ in range(config.n_layer)]
-        self.ln_f = LayerNorm(config.n_embd, config.bias)
-        if not config.tie_weights:
-            self.lm_head = Linear(config.n_embd, config.vocab_size, rng)
+        c = self.config = config
+        self.wte = Embedding(c.vocab_size, c.n_embd, rng)
+        self.rotary = None
+        if c.position == "rotary":
+            self.rotary = rotary_table(c.block_size, c.n_embd // c.n_head)
+        else:
+            self.wpe = Embedding(c.block_size, c.n_embd, rng)
+        self.h = [Block(c, rng) for _ in range(c.n_layer)]
+        self.ln_f = make_norm(c)
+        if not c.tie_weights:
+            std = 0.0 if c.zero_init else INIT_STD
+            self.lm_head = Linear(c.n_embd, c.vocab_size, rng, std=std)
+
+    def parameters(self) -> dict[str, Tensor]:
+        found = super().parameters()
+        found.pop("rotary", None)  # it is not trained
+        return found
 
     @classmethod
     def from_pretrained(cls, source: str | os.PathLike[str]) -> GPT:
@@ -426,15 +511,19 @@ class GPT(LanguageModel):
         return load_pretrained(source)[0]
 
     def logits(self, idx: Tensor) -> Tensor:
-        x = embedding(idx, self.wte.weight, self.wpe.weight)  # (B, T, C)
-        x = x.dropout(self.config.dropout)
+        wpe = self.wpe.weight if self.rotary is None else None
+        x = self._embed(embedding(idx, self.wte.weight, wpe))  # (B, T, C)
         for block in self.h:
-            x = block(x)
+            x = block(x, self.rotary)
         return self._head(x)
 
+    def _embed(self, x: Tensor) -> Tensor:
+        x = rms_norm(x) if self.config.norm == "rms" else x
+        return x.dropout(self.config.dropout)
+
     def _head(self, x: Tensor) -> Tensor:
-        x = self.ln_f(x)
-        return linear(x, self.wte.weight) if self.config.tie_weights else self.lm_head(x)
+        weight = self.wte.weight if self.config.tie_weights else self.lm_head.weight
+        return linear(self.ln_f(x), weight, activation=self.config.logit_softcap or None)
 
     def decode(self, idx: Tensor, caches: list[Tensor], position: int | UOp) -> Tensor:
         """One step of cached generation: idx (B, 1), the token at `position` -> logits (B, V).
@@ -442,9 +531,14 @@ class GPT(LanguageModel):
         Each block's keys and values of all tokens before are in its cache, those of this one are
         added; see `empty_caches`.
         """
-        x = self.wte.weight[idx] + self.wpe.weight[position : position + 1]  # (B, 1, C)
+        x, rotary = self.wte.weight[idx], None  # (B, 1, C)
+        if self.rotary is None:
+            x = x + self.wpe.weight[position : position + 1]
+        else:
+            rotary = self.rotary[:, position : position + 1]
+        x = self._embed(x)
         for block, cache in zip(self.h, caches, strict=True):
-            x = block(x, cache, position)
+            x = block(x, rotary, cache, position)
         return self._head(x)[:, 0]
 
     def empty_caches(self, batch_size: int) -> list[Tensor]:

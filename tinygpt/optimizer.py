@@ -1,31 +1,43 @@
-"""What turns gradients into better parameters: schedule, clipping, AdamW."""
+"""What turns gradients into better parameters: schedule, clipping, AdamW, Muon."""
 
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from tinygrad import Tensor
 
+from tinygpt import kernels
 from tinygpt.config import TrainConfig
 
 EPS = 1e-8  # AdamW's, inside float32's range after the square root
+NEWTON_SCHULZ = 3.4445, -4.7750, 2.0315  # Jordan's polynomial, made to reach 1 fast, not exactly
+NEWTON_SCHULZ_STEPS = 5
+RATES = ("learning_rate", "embedding_lr", "head_lr")
 
 
 def learning_rate(iteration: int, config: TrainConfig) -> float:
-    """The learning rate of step `iteration` (0 is the first), as nanoGPT's schedule gives it.
+    """The learning rate of step `iteration` (0 is the first).
 
-    Linear warm-up over warmup_iters steps, then half a cosine (Loshchilov & Hutter 2017) down to
-    min_lr at lr_decay_iters, and min_lr from there on.
+    Linear warm-up over warmup_iters steps; then, as in nanoGPT, half a cosine (Loshchilov & Hutter
+    2017) down to min_lr at lr_decay_iters, or else the peak and, over the last warmdown_iters
+    steps, a straight line down to there; min_lr from there on.
     """
-    if iteration < config.warmup_iters:
-        return config.learning_rate * (iteration + 1) / (config.warmup_iters + 1)
-    if iteration >= config.decay_iters:
-        return config.final_lr
-    progress = (iteration - config.warmup_iters) / (config.decay_iters - config.warmup_iters)
+    c = config
+    warmup = c.learning_rate * (iteration + 1) / (c.warmup_iters + 1)
+    left = c.decay_iters - iteration
+    if c.schedule == "linear":
+        share = min(1.0, max(0.0, left / c.linear_iters))
+        return min(warmup, c.final_lr + share * (c.learning_rate - c.final_lr), c.learning_rate)
+    if iteration < c.warmup_iters:
+        return warmup
+    if left <= 0:
+        return c.final_lr
+    progress = (iteration - c.warmup_iters) / (c.decay_iters - c.warmup_iters)
     cosine = 0.5 * (1 + math.cos(math.pi * progress))
-    return config.final_lr + cosine * (config.learning_rate - config.final_lr)
+    return c.final_lr + cosine * (c.learning_rate - c.final_lr)
 
 
 def global_norm(gradients: list[Tensor]) -> Tensor:
@@ -39,6 +51,28 @@ def clip_coefficient(norm: Tensor, max_norm: float) -> Tensor:
     return (max_norm / (norm + 1e-6)).minimum(1.0)
 
 
+class Group(NamedTuple):
+    """What parameters have in common that are updated alike."""
+
+    orthogonalized: bool  # by Muon, not by AdamW
+    rate: str  # which of RATES
+    decays: bool
+
+
+def group_of(name: str, parameter: Tensor, config: TrainConfig) -> Group:
+    """Matrices decay; biases and norms, which have one axis, do not."""
+    is_matrix = parameter.ndim >= 2
+    own_rates = {"wte": "embedding_lr", "wpe": "embedding_lr", "lm_head": "head_lr"}
+    rate = own_rates.get(name.split(".")[0], "learning_rate")
+    if getattr(config, rate) is None:
+        rate = "learning_rate"
+    is_inner = is_matrix and name.startswith("h.")
+    return Group(config.optimizer == "muon" and is_inner, rate, is_matrix)
+
+
+Moments = dict[str, Tensor]
+
+
 class AdamW:
     """Adam with decoupled weight decay (Kingma & Ba 2015; Loshchilov & Hutter 2019).
 
@@ -46,8 +80,7 @@ class AdamW:
         p = p (1 - rate decay) - rate (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + eps)
 
     Args:
-        decayed: names of the parameters that decay; by default the matrices, not the biases and
-            layer norm weights, which have one axis.
+        groups: of each parameter; by default what its name and shape say.
         m, v: memory for the moments, zero; made here by default.
     """
 
@@ -55,38 +88,118 @@ class AdamW:
         self,
         parameters: dict[str, Tensor],
         config: TrainConfig,
-        decayed: set[str] | None = None,
-        m: dict[str, Tensor] | None = None,
-        v: dict[str, Tensor] | None = None,
+        groups: dict[str, Group] | None = None,
+        m: Moments | None = None,
+        v: Moments | None = None,
     ):
         self.parameters, self.config = parameters, config
-        self.decayed = (
-            {n for n, p in parameters.items() if p.ndim >= 2} if decayed is None else decayed
-        )
+        self.groups = groups or {n: group_of(n, p, config) for n, p in parameters.items()}
         self.m = m or {name: _zeros_like(p) for name, p in parameters.items()}
         self.v = v or {name: _zeros_like(p) for name, p in parameters.items()}
 
     def schedule_step(self, gradients: dict[str, Tensor], rates: Tensor) -> list[Tensor]:
         """Assigns new moments and parameters; returns the tensors to realize, all in one call."""
         c = self.config
-        rate, correction1, correction2 = rates[0], rates[1], rates[2]
+        correction1, correction2 = rates[0], rates[1]
         for name, p in self.parameters.items():
             g, m, v = gradients[name], self.m[name], self.v[name]
+            rate = rate_of(self.groups[name], rates)
             m.assign(c.beta1 * m + (1 - c.beta1) * g)
             v.assign(c.beta2 * v + (1 - c.beta2) * g.square())
             step = rate * (m * correction1) / ((v * correction2).sqrt() + EPS)
-            p.assign((p * (1 - rate * c.weight_decay) if name in self.decayed else p) - step)
+            decays = self.groups[name].decays
+            p.assign((p * (1 - rate * c.weight_decay) if decays else p) - step)
         return [*self.m.values(), *self.v.values(), *self.parameters.values()]
 
 
+class Muon:
+    """Momentum, orthogonalized: every direction of a matrix moves as far (Jordan et al. 2024).
+
+        m = momentum m + g                          u = g + momentum m (Nesterov's step ahead)
+        p = p (1 - rate decay) - rate sqrt(max(1, rows / columns)) orthogonalize(u)
+
+    The rows of attention's c_attn make queries, keys and values; these are three matrices. Stacked
+    they would share one orthogonal frame, and learn less (Jordan et al.; also measured here).
+
+    Args:
+        parameters: matrices (rows, columns).
+        m: memory for the momentum, zero; made here by default.
+    """
+
+    def __init__(
+        self, parameters: dict[str, Tensor], config: TrainConfig, m: Moments | None = None
+    ):
+        self.parameters, self.config = parameters, config
+        self.m = m or {name: _zeros_like(p) for name, p in parameters.items()}
+
+    def schedule_step(self, gradients: dict[str, Tensor], rates: Tensor) -> list[Tensor]:
+        """Assigns new momentum and parameters; returns the tensors to realize, all in one call."""
+        c, rate = self.config, rates[2]
+        for name, p in self.parameters.items():
+            g, m = gradients[name], self.m[name]
+            m.assign(c.momentum * m + g)
+            ahead = g + c.momentum * m
+            parts = ahead.chunk(parts_of(name), dim=0)
+            scale = math.sqrt(max(1.0, parts[0].shape[0] / parts[0].shape[1]))
+            step = Tensor.cat(*(orthogonalize(part.contiguous()) for part in parts), dim=0)
+            p.assign(p * (1 - rate * c.weight_decay) - rate * scale * step)
+        return [*self.m.values(), *self.parameters.values()]
+
+
+def parts_of(name: str) -> int:
+    """How many matrices lie on top of each other in this one."""
+    return 3 if name.endswith("c_attn.weight") else 1
+
+
+def orthogonalize(g: Tensor) -> Tensor:
+    """Nearly the orthogonal matrix closest to g (rows, columns): its singular values become 1.
+
+    Newton and Schulz's iteration: an odd polynomial of a matrix does to each singular value what it
+    does to a number, and this one draws 0 to 1 to between 0.68 and 1.13.
+    """
+    if kernels.usable(g):
+        return kernels.orthogonalize(g, NEWTON_SCHULZ_STEPS, NEWTON_SCHULZ)
+    tall = g.shape[0] > g.shape[1]
+    x = (g.T if tall else g) / (g.square().sum().sqrt() + 1e-7)
+    a, b, c = NEWTON_SCHULZ
+    for _ in range(NEWTON_SCHULZ_STEPS):
+        x = x.contiguous()
+        square = (x @ x.T).contiguous()
+        x = a * x + (b * square + c * (square @ square)).contiguous() @ x
+    return (x.T if tall else x).contiguous()
+
+
+class Optimizer:
+    """Each parameter's own: Muon or AdamW, as its group says."""
+
+    def __init__(self, parameters: dict[str, Tensor], config: TrainConfig):
+        groups = {name: group_of(name, p, config) for name, p in parameters.items()}
+        inner = {n: p for n, p in parameters.items() if groups[n].orthogonalized}
+        others = {n: p for n, p in parameters.items() if n not in inner}
+        self.muon, self.adamw = Muon(inner, config), AdamW(others, config)
+        self.m, self.v = self.adamw.m | self.muon.m, self.adamw.v
+
+    def schedule_step(self, gradients: dict[str, Tensor], rates: Tensor) -> list[Tensor]:
+        """Assigns new moments and parameters; returns the tensors to realize, all in one call."""
+        return [o for each in (self.muon, self.adamw) for o in each.schedule_step(gradients, rates)]
+
+
 def step_rates(iteration: int, config: TrainConfig) -> NDArray[np.float32]:
-    """What changes with the step (0 is the first): learning rate, and both bias corrections, (3,).
+    """What changes with the step (0 is the first): both of AdamW's bias corrections, then each of
+    RATES, (5,).
 
     They go into the compiled step as a tensor: a Python number would be frozen there.
     """
-    t = iteration + 1
-    corrections = [1 / (1 - config.beta1**t), 1 / (1 - config.beta2**t)]
-    return np.array([learning_rate(iteration, config), *corrections], np.float32)
+    t, c = iteration + 1, config
+    corrections = [1 / (1 - c.beta1**t), 1 / (1 - c.beta2**t)]
+    rate = learning_rate(iteration, c)
+    peaks = [getattr(c, name) for name in RATES]
+    rates = [rate if peak is None else rate * (peak / c.learning_rate) for peak in peaks]
+    return np.array([*corrections, *rates], np.float32)
+
+
+def rate_of(group: Group, rates: Tensor) -> Tensor:
+    return rates[2 + RATES.index(group.rate)]
 
 
 def moments_by_name(m: dict[str, Tensor], v: dict[str, Tensor]) -> dict[str, Tensor]:

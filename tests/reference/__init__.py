@@ -18,7 +18,15 @@ Modules, in the order of reading: `layers`, `attention`, `models`, `training`, `
 `examples` makes random weights for tests.
 """
 
-from .attention import attention, attention_backward, head, head_backward
+from .attention import (
+    attention,
+    attention_backward,
+    head,
+    head_backward,
+    place,
+    place_backward,
+    rotate,
+)
 from .examples import random_masks, random_parameters
 from .layers import (
     Array,
@@ -37,7 +45,13 @@ from .layers import (
     linear,
     linear_backward,
     relu,
+    relu2,
+    relu2_backward,
     relu_backward,
+    rms_norm,
+    rms_norm_backward,
+    softcap,
+    softcap_backward,
     softmax,
     softmax_backward,
 )
@@ -55,7 +69,15 @@ from .models import (
     mlp_backward,
 )
 from .sampling import generate, probabilities, sample
-from .training import Moments, adamw, clip_by_global_norm, learning_rate
+from .training import (
+    Moments,
+    adamw,
+    clip_by_global_norm,
+    learning_rate,
+    linear_decay,
+    muon,
+    orthogonalized,
+)
 
 __all__ = [
     "Array",
@@ -91,14 +113,26 @@ __all__ = [
     "learning_rate",
     "linear",
     "linear_backward",
+    "linear_decay",
     "mlp",
     "mlp_backward",
+    "muon",
+    "orthogonalized",
+    "place",
+    "place_backward",
     "probabilities",
     "random_masks",
     "random_parameters",
     "relu",
+    "relu2",
+    "relu2_backward",
     "relu_backward",
+    "rms_norm",
+    "rms_norm_backward",
+    "rotate",
     "sample",
+    "softcap",
+    "softcap_backward",
     "softmax",
     "softmax_backward",
 ]

@@ -17,16 +17,17 @@ def random_parameters(
     block_size: int,
     bias: bool = False,
     tied: bool = True,
+    rotary: bool = False,
+    rms: bool = False,
 ) -> dict[str, Array]:
     """A GPT's parameters by name, large enough that every part of the model matters to the loss.
 
     GPT-2's own initialization (0.02) would hide mistakes: attention scores near 0, biases at 0.
     """
     C = n_embd
-    p = {
-        "wte.weight": rng.standard_normal((vocab_size, C)),
-        "wpe.weight": rng.standard_normal((block_size, C)),
-    }
+    p = {"wte.weight": rng.standard_normal((vocab_size, C))}
+    if not rotary:
+        p["wpe.weight"] = rng.standard_normal((block_size, C))
 
     def linear(name: str, n_out: int, n_in: int) -> None:
         p[name + ".weight"] = rng.standard_normal((n_out, n_in)) / math.sqrt(n_in)
@@ -34,6 +35,8 @@ def random_parameters(
             p[name + ".bias"] = rng.standard_normal(n_out) / 4
 
     def norm(name: str) -> None:
+        if rms:
+            return
         p[name + ".weight"] = 1 + rng.standard_normal(C) / 4
         if bias:
             p[name + ".bias"] = rng.standard_normal(C) / 4

@@ -92,6 +92,43 @@ def layer_norm_backward(
     return dx, (dy * normalized).sum(axis=rows), dy.sum(axis=rows)
 
 
+def rms_norm(x: Array, eps: float = 1e-6) -> Array:
+    """y = x / sqrt(mean(x^2) + eps), the mean over the channels.  x (..., C) -> (..., C).
+
+    Layer norm without mean, weight and bias (Zhang & Sennrich 2019).
+    """
+    return x / np.sqrt((x**2).mean(axis=-1, keepdims=True) + eps)
+
+
+def rms_norm_backward(dy: Array, x: Array, eps: float = 1e-6) -> Array:
+    """dx = r (dy - y mean(dy y)), with r = 1 / sqrt(mean(x^2) + eps), so that y = x r.
+
+    From dr/dx_j = -r^3 x_j / C:  dL/dx_j = r dy_j - (sum_i dy_i x_i) r^3 x_j / C.
+    """
+    r = 1 / np.sqrt((x**2).mean(axis=-1, keepdims=True) + eps)
+    return r * (dy - x * r * (dy * x * r).mean(axis=-1, keepdims=True))
+
+
+def softcap(x: Array, cap: float) -> Array:
+    """y = cap tanh(x / cap): nearly x where x is small, never beyond the cap."""
+    return cap * np.tanh(x / cap)
+
+
+def softcap_backward(dy: Array, x: Array, cap: float) -> Array:
+    """dx = dy (1 - tanh(x / cap)^2)."""
+    return dy * (1 - np.tanh(x / cap) ** 2)
+
+
+def relu2(x: Array) -> Array:
+    """y = max(x, 0)^2 (So et al. 2021)."""
+    return np.maximum(x, 0) ** 2
+
+
+def relu2_backward(dy: Array, x: Array) -> Array:
+    """dx = 2 dy max(x, 0)."""
+    return 2 * dy * np.maximum(x, 0)
+
+
 def relu(x: Array) -> Array:
     """y = max(x, 0)."""
     return np.maximum(x, 0)

@@ -6,6 +6,11 @@ Dropout is given from outside as masks, under these names and in GPT-2's places:
     "h.{i}.attn.residual" (B, T, C)  on what attention adds to the residual stream
     "h.{i}.mlp.residual" (B, T, C)   on what the MLP adds to it
 A mask that is absent drops nothing.
+
+What a model is made of shows in its parameters: without `wpe.weight` positions are rotary; without
+layer norms' weights the norms are RMS norms, and one more follows the embedding; a model without
+`lm_head.weight` is tied. What no parameter tells is given as arguments: activation, qk_norm (RMS
+norm of queries and keys) and softcap (of the logits, 0 for none).
 """
 
 from __future__ import annotations
@@ -15,6 +20,7 @@ from types import MappingProxyType
 
 import numpy as np
 
+from . import layers
 from .attention import attention, attention_backward
 from .layers import (
     Array,
@@ -34,7 +40,12 @@ from .layers import (
     linear,
     linear_backward,
     relu,
+    relu2,
+    relu2_backward,
     relu_backward,
+    rms_norm,
+    rms_norm_backward,
+    softcap_backward,
 )
 
 Parameters = Mapping[str, Array]
@@ -43,6 +54,7 @@ NO_MASKS: Parameters = MappingProxyType({})
 
 ACTIVATIONS: dict[str, tuple[Callable[[Array], Array], Callable[[Array, Array], Array]]] = {
     "relu": (relu, relu_backward),
+    "relu2": (relu2, relu2_backward),
     "gelu": (gelu, gelu_backward),
     "gelu_tanh": (gelu_tanh, gelu_tanh_backward),
 }
@@ -68,10 +80,14 @@ def _linear_backward(dy: Array, x: Array, p: Parameters, name: str) -> tuple[Arr
 
 
 def _norm(x: Array, p: Parameters, name: str) -> Array:
+    if name + ".weight" not in p:
+        return rms_norm(x)
     return layer_norm(x, p[name + ".weight"], p.get(name + ".bias"))
 
 
 def _norm_backward(dy: Array, x: Array, p: Parameters, name: str) -> tuple[Array, Gradients]:
+    if name + ".weight" not in p:
+        return rms_norm_backward(dy, x), {}
     dx, dweight, dbias = layer_norm_backward(dy, x, p[name + ".weight"])
     return dx, _only_existing(p, {name + ".weight": dweight, name + ".bias": dbias})
 
@@ -99,20 +115,32 @@ def mlp_backward(
 
 
 def attention_layer(
-    x: Array, p: Parameters, n_head: int, weights_mask: Array | None = None
+    x: Array,
+    p: Parameters,
+    n_head: int,
+    weights_mask: Array | None = None,
+    qk_norm: bool = False,
+    rotary: bool = False,
 ) -> Array:
     """y = c_proj(attention(c_attn(x))): one matrix makes q, k and v. x (B, T, C) -> (B, T, C)."""
-    return _linear(attention(_linear(x, p, "c_attn"), n_head, weights_mask), p, "c_proj")
+    mixed = attention(_linear(x, p, "c_attn"), n_head, weights_mask, qk_norm, rotary)
+    return _linear(mixed, p, "c_proj")
 
 
 def attention_layer_backward(
-    dy: Array, x: Array, p: Parameters, n_head: int, weights_mask: Array | None = None
+    dy: Array,
+    x: Array,
+    p: Parameters,
+    n_head: int,
+    weights_mask: Array | None = None,
+    qk_norm: bool = False,
+    rotary: bool = False,
 ) -> tuple[Array, Gradients]:
     """(dx, gradients): the chain rule from the last layer to the first."""
     qkv = _linear(x, p, "c_attn")
-    mixed = attention(qkv, n_head, weights_mask)
+    mixed = attention(qkv, n_head, weights_mask, qk_norm, rotary)
     dmixed, dproj = _linear_backward(dy, mixed, p, "c_proj")
-    dqkv = attention_backward(dmixed, qkv, n_head, weights_mask)
+    dqkv = attention_backward(dmixed, qkv, n_head, weights_mask, qk_norm, rotary)
     dx, dattn = _linear_backward(dqkv, x, p, "c_attn")
     return dx, dproj | dattn
 
@@ -123,6 +151,8 @@ def block(
     n_head: int,
     activation: str = "gelu_tanh",
     masks: Parameters = NO_MASKS,
+    qk_norm: bool = False,
+    rotary: bool = False,
 ) -> Array:
     """Tokens talk, then each thinks: x (B, T, C) -> (B, T, C).
 
@@ -130,7 +160,8 @@ def block(
     y = a + mlp(ln_2(a))
     """
     attn, fc = _inside(p, "attn."), _inside(p, "mlp.")
-    mixed = attention_layer(_norm(x, p, "ln_1"), attn, n_head, masks.get("attn.weights"))
+    options = n_head, masks.get("attn.weights"), qk_norm, rotary
+    mixed = attention_layer(_norm(x, p, "ln_1"), attn, *options)
     a = x + dropout(mixed, masks.get("attn.residual"))
     return a + dropout(mlp(_norm(a, p, "ln_2"), fc, activation), masks.get("mlp.residual"))
 
@@ -142,6 +173,8 @@ def block_backward(
     n_head: int,
     activation: str = "gelu_tanh",
     masks: Parameters = NO_MASKS,
+    qk_norm: bool = False,
+    rotary: bool = False,
 ) -> tuple[Array, Gradients]:
     """(dx, gradients). At each fork x + f(x) the gradient goes both ways, and the two add up:
 
@@ -149,8 +182,9 @@ def block_backward(
     dx = da + (backward of ln_1, attention)(da)
     """
     attn, fc = _inside(p, "attn."), _inside(p, "mlp.")
+    options = n_head, masks.get("attn.weights"), qk_norm, rotary
     normed_x = _norm(x, p, "ln_1")
-    mixed = attention_layer(normed_x, attn, n_head, masks.get("attn.weights"))
+    mixed = attention_layer(normed_x, attn, *options)
     a = x + dropout(mixed, masks.get("attn.residual"))
     normed_a = _norm(a, p, "ln_2")
 
@@ -160,9 +194,7 @@ def block_backward(
     da = dy + da_through_mlp
 
     dmixed = dropout_backward(da, masks.get("attn.residual"))
-    dnormed_x, dattn = attention_layer_backward(
-        dmixed, normed_x, attn, n_head, masks.get("attn.weights")
-    )
+    dnormed_x, dattn = attention_layer_backward(dmixed, normed_x, attn, *options)
     dx_through_attention, dln_1 = _norm_backward(dnormed_x, x, p, "ln_1")
     dx = da + dx_through_attention
     return dx, dln_1 | _outside(dattn, "attn.") | dln_2 | _outside(dfc, "mlp.")
@@ -180,18 +212,37 @@ def bigram_backward(table: Array, idx: Tokens, targets: Tokens) -> Array:
     return embedding_backward(dlogits, idx, table)
 
 
+def _embedded(p: Parameters, idx: Tokens) -> Array:
+    """The token's row, and the position's where the model has learned positions."""
+    x = embedding(idx, p["wte.weight"])
+    if "wpe.weight" in p:
+        x = x + embedding(np.arange(idx.shape[1]), p["wpe.weight"])
+    return x
+
+
 def _residual_stream(
-    p: Parameters, idx: Tokens, n_head: int, activation: str, masks: Parameters
+    p: Parameters, idx: Tokens, n_head: int, activation: str, masks: Parameters, qk_norm: bool
 ) -> list[Array]:
     """What enters each block, and last what leaves the last one: n_layer + 1 arrays (B, T, C)."""
-    positions = np.arange(idx.shape[1])
-    x = embedding(idx, p["wte.weight"]) + embedding(positions, p["wpe.weight"])
+    x = _embedded(p, idx)
+    if _is_rms(p):
+        x = rms_norm(x)
     stream = [dropout(x, masks.get("drop"))]
     for i in range(_n_layer(p)):
-        layer = f"h.{i}."
-        inside = _inside(p, layer), n_head, activation, _inside(masks, layer)
-        stream.append(block(stream[-1], *inside))
+        stream.append(block(stream[-1], *_block(p, i, n_head, activation, masks, qk_norm)))
     return stream
+
+
+def _block(
+    p: Parameters, i: int, n_head: int, activation: str, masks: Parameters, qk_norm: bool
+) -> tuple[Parameters, int, str, Parameters, bool, bool]:
+    """The arguments of block i after x."""
+    inside = _inside(p, f"h.{i}."), _inside(masks, f"h.{i}.")
+    return inside[0], n_head, activation, inside[1], qk_norm, "wpe.weight" not in p
+
+
+def _is_rms(p: Parameters) -> bool:
+    return "ln_f.weight" not in p
 
 
 def _n_layer(p: Parameters) -> int:
@@ -210,15 +261,21 @@ def gpt(
     n_head: int,
     activation: str = "gelu_tanh",
     masks: Parameters = NO_MASKS,
+    qk_norm: bool = False,
+    softcap: float = 0.0,
 ) -> tuple[Array, float | None]:
     """GPT-2 (Radford et al. 2019): (logits (B, T, V), loss); without targets the loss is None.
 
     x = wte[idx] + wpe[0 .. T-1];  x = block_i(x) for every i;  logits = ln_f(x) W^T
-    with W = lm_head.weight, or wte.weight where the two are tied.
+    with W = lm_head.weight, or wte.weight where the two are tied; capped last if asked for.
     """
-    x = _residual_stream(p, idx, n_head, activation, masks)[-1]
-    logits = linear(_norm(x, p, "ln_f"), p[_head_name(p)])
+    x = _residual_stream(p, idx, n_head, activation, masks, qk_norm)[-1]
+    logits = _capped(linear(_norm(x, p, "ln_f"), p[_head_name(p)]), softcap)
     return logits, None if targets is None else cross_entropy(logits, targets)
+
+
+def _capped(logits: Array, cap: float) -> Array:
+    return layers.softcap(logits, cap) if cap else logits
 
 
 def gpt_backward(
@@ -228,6 +285,8 @@ def gpt_backward(
     n_head: int,
     activation: str = "gelu_tanh",
     masks: Parameters = NO_MASKS,
+    qk_norm: bool = False,
+    softcap: float = 0.0,
 ) -> Gradients:
     """The gradient of the loss for every parameter, by name.
 
@@ -235,22 +294,27 @@ def gpt_backward(
     gives its gradient to both tables; position t is used once in every row of the batch, so
     d wpe[t] = sum over b. A tied table is used twice, and its two gradients add up.
     """
-    stream = _residual_stream(p, idx, n_head, activation, masks)
+    stream = _residual_stream(p, idx, n_head, activation, masks, qk_norm)
     normed = _norm(stream[-1], p, "ln_f")
     head_weight = p[_head_name(p)]
 
-    dlogits = cross_entropy_backward(linear(normed, head_weight), targets)
+    free = linear(normed, head_weight)
+    dlogits = cross_entropy_backward(_capped(free, softcap), targets)
+    if softcap:
+        dlogits = softcap_backward(dlogits, free, softcap)
     dnormed, dhead, _ = linear_backward(dlogits, normed, head_weight)
     dx, gradients = _norm_backward(dnormed, stream[-1], p, "ln_f")
     for i in reversed(range(_n_layer(p))):
-        layer = f"h.{i}."
-        inside = _inside(p, layer), n_head, activation, _inside(masks, layer)
+        inside = _block(p, i, n_head, activation, masks, qk_norm)
         dx, dblock = block_backward(dx, stream[i], *inside)
-        gradients |= _outside(dblock, layer)
+        gradients |= _outside(dblock, f"h.{i}.")
 
     dx = dropout_backward(dx, masks.get("drop"))
-    positions = np.broadcast_to(np.arange(idx.shape[1]), idx.shape)
-    gradients["wpe.weight"] = embedding_backward(dx, positions, p["wpe.weight"])
+    if _is_rms(p):
+        dx = rms_norm_backward(dx, _embedded(p, idx))
+    if "wpe.weight" in p:
+        positions = np.broadcast_to(np.arange(idx.shape[1]), idx.shape)
+        gradients["wpe.weight"] = embedding_backward(dx, positions, p["wpe.weight"])
     gradients["wte.weight"] = embedding_backward(dx, idx, p["wte.weight"])
     if _head_name(p) == "wte.weight":
         gradients["wte.weight"] += dhead
