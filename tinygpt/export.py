@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 from tinygpt.cli import run_command
-from tinygpt.config import InputError
+from tinygpt.config import GPTConfig, InputError
 from tinygpt.device import select_device
 from tinygpt.files import replacing, write_text
 from tinygpt.interop import ACTIVATIONS, TRANSPOSED, load_pretrained
@@ -41,8 +41,20 @@ from tinygpt.tokenizer import (
 )
 
 
+def check_is_gpt2(config: GPTConfig) -> None:
+    """Raises InputError for what neither format has a place for."""
+    if found := config.beyond_gpt2():
+        named = ", ".join(f"{name} {getattr(config, name)}" for name in found)
+        raise InputError(f"only a GPT-2 can be exported; this model has {named}")
+
+
 def export_huggingface(model: GPT, tokenizer: Tokenizer, folder: Path) -> None:
-    """Writes config.json, model.safetensors and the tokenizer's files."""
+    """Writes config.json, model.safetensors and the tokenizer's files.
+
+    Raises:
+        InputError: the model is no GPT-2.
+    """
+    check_is_gpt2(model.config)
     folder.mkdir(parents=True, exist_ok=True)
     c, n_tokens = model.config, tokenizer.vocab_size
     arrays: dict[str, NDArray[Any]] = {}
@@ -73,7 +85,7 @@ def export_huggingface(model: GPT, tokenizer: Tokenizer, folder: Path) -> None:
         "layer_norm_epsilon": 1e-5,
         "resid_pdrop": c.dropout,
         "embd_pdrop": c.dropout,
-        "attn_pdrop": c.dropout,
+        "attn_pdrop": c.attention_dropout,
         "tie_word_embeddings": c.tie_weights,
         "bos_token_id": end_of_text,
         "eos_token_id": end_of_text,
@@ -126,6 +138,7 @@ def export_nanogpt(model: GPT, tokenizer: Tokenizer, folder: Path) -> None:
         InputError: nanoGPT cannot build this model.
     """
     c = model.config
+    check_is_gpt2(c)
     if c.activation != "gelu" or not c.tie_weights:
         raise InputError(
             "nanoGPT has the exact GELU and tied embeddings only; this model has activation "

@@ -15,29 +15,31 @@ from tinygpt.config import TrainConfig
 EPS = 1e-8  # AdamW's, inside float32's range after the square root
 NEWTON_SCHULZ = 3.4445, -4.7750, 2.0315  # Jordan's polynomial, made to reach 1 fast, not exactly
 NEWTON_SCHULZ_STEPS = 5
-RATES = ("learning_rate", "embedding_lr", "head_lr")
+RATES = {"learning_rate": 0, "embedding_lr": 3, "head_lr": 4}  # their places in `step_rates`
 
 
-def learning_rate(iteration: int, config: TrainConfig) -> float:
-    """The learning rate of step `iteration` (0 is the first).
+def learning_rate(iteration: int, config: TrainConfig, peak: float | None = None) -> float:
+    """The learning rate of step `iteration` (0 is the first), or that of another peak.
 
     Linear warm-up over warmup_iters steps; then, as in nanoGPT, half a cosine (Loshchilov & Hutter
     2017) down to min_lr at lr_decay_iters, or else the peak and, over the last warmdown_iters
     steps, a straight line down to there; min_lr from there on.
     """
     c = config
-    warmup = c.learning_rate * (iteration + 1) / (c.warmup_iters + 1)
+    peak = c.learning_rate if peak is None else peak
+    lowest = peak * c.final_share
+    warmup = peak * (iteration + 1) / (c.warmup_iters + 1)
     left = c.decay_iters - iteration
     if c.schedule == "linear":
         share = min(1.0, max(0.0, left / c.linear_iters))
-        return min(warmup, c.final_lr + share * (c.learning_rate - c.final_lr), c.learning_rate)
+        return min(warmup, peak, lowest + share * (peak - lowest))
     if iteration < c.warmup_iters:
         return warmup
     if left <= 0:
-        return c.final_lr
+        return lowest
     progress = (iteration - c.warmup_iters) / (c.decay_iters - c.warmup_iters)
     cosine = 0.5 * (1 + math.cos(math.pi * progress))
-    return c.final_lr + cosine * (c.learning_rate - c.final_lr)
+    return lowest + cosine * (peak - lowest)
 
 
 def global_norm(gradients: list[Tensor]) -> Tensor:
@@ -100,10 +102,10 @@ class AdamW:
     def schedule_step(self, gradients: dict[str, Tensor], rates: Tensor) -> list[Tensor]:
         """Assigns new moments and parameters; returns the tensors to realize, all in one call."""
         c = self.config
-        correction1, correction2 = rates[0], rates[1]
+        correction1, correction2 = rates[1], rates[2]
         for name, p in self.parameters.items():
             g, m, v = gradients[name], self.m[name], self.v[name]
-            rate = rate_of(self.groups[name], rates)
+            rate = rates[RATES[self.groups[name].rate]]
             m.assign(c.beta1 * m + (1 - c.beta1) * g)
             v.assign(c.beta2 * v + (1 - c.beta2) * g.square())
             step = rate * (m * correction1) / ((v * correction2).sqrt() + EPS)
@@ -118,8 +120,8 @@ class Muon:
         m = momentum m + g                          u = g + momentum m (Nesterov's step ahead)
         p = p (1 - rate decay) - rate sqrt(max(1, rows / columns)) orthogonalize(u)
 
-    The rows of attention's c_attn make queries, keys and values; these are three matrices. Stacked
-    they would share one orthogonal frame, and learn less (Jordan et al.; also measured here).
+    The rows of attention's c_attn make queries, keys and values; each kind is orthogonalized alone,
+    as Jordan et al. found better: stacked, the three would share one frame.
 
     Args:
         parameters: matrices (rows, columns).
@@ -134,7 +136,7 @@ class Muon:
 
     def schedule_step(self, gradients: dict[str, Tensor], rates: Tensor) -> list[Tensor]:
         """Assigns new momentum and parameters; returns the tensors to realize, all in one call."""
-        c, rate = self.config, rates[2]
+        c, rate = self.config, rates[RATES["learning_rate"]]
         for name, p in self.parameters.items():
             g, m = gradients[name], self.m[name]
             m.assign(c.momentum * m + g)
@@ -149,6 +151,13 @@ class Muon:
 def parts_of(name: str) -> int:
     """How many matrices lie on top of each other in this one."""
     return 3 if name.endswith("c_attn.weight") else 1
+
+
+def orthogonalize_cost(name: str, shape: tuple[int, ...]) -> int:
+    """How long that takes for this parameter, in proportion."""
+    parts = parts_of(name)
+    small, large = sorted((shape[0] // parts, shape[1]))
+    return parts * small * small * (2 * large + small)
 
 
 def orthogonalize(g: Tensor) -> Tensor:
@@ -170,13 +179,23 @@ def orthogonalize(g: Tensor) -> Tensor:
 
 
 class Optimizer:
-    """Each parameter's own: Muon or AdamW, as its group says."""
+    """Muon or AdamW for each parameter, as its group says; arguments as AdamW's."""
 
-    def __init__(self, parameters: dict[str, Tensor], config: TrainConfig):
-        groups = {name: group_of(name, p, config) for name, p in parameters.items()}
+    def __init__(
+        self,
+        parameters: dict[str, Tensor],
+        config: TrainConfig,
+        groups: dict[str, Group] | None = None,
+        m: Moments | None = None,
+        v: Moments | None = None,
+    ):
+        groups = groups or {n: group_of(n, p, config) for n, p in parameters.items()}
         inner = {n: p for n, p in parameters.items() if groups[n].orthogonalized}
         others = {n: p for n, p in parameters.items() if n not in inner}
-        self.muon, self.adamw = Muon(inner, config), AdamW(others, config)
+        self.muon = Muon(inner, config, m and {n: m[n] for n in inner})
+        self.adamw = AdamW(
+            others, config, groups, m and {n: m[n] for n in others}, v and {n: v[n] for n in others}
+        )
         self.m, self.v = self.adamw.m | self.muon.m, self.adamw.v
 
     def schedule_step(self, gradients: dict[str, Tensor], rates: Tensor) -> list[Tensor]:
@@ -185,21 +204,15 @@ class Optimizer:
 
 
 def step_rates(iteration: int, config: TrainConfig) -> NDArray[np.float32]:
-    """What changes with the step (0 is the first): both of AdamW's bias corrections, then each of
-    RATES, (5,).
+    """What changes with the step (0 is the first): learning rate, both of AdamW's bias corrections,
+    and the learning rates of embedding and output layer, (5,).
 
     They go into the compiled step as a tensor: a Python number would be frozen there.
     """
     t, c = iteration + 1, config
     corrections = [1 / (1 - c.beta1**t), 1 / (1 - c.beta2**t)]
-    rate = learning_rate(iteration, c)
-    peaks = [getattr(c, name) for name in RATES]
-    rates = [rate if peak is None else rate * (peak / c.learning_rate) for peak in peaks]
-    return np.array([*corrections, *rates], np.float32)
-
-
-def rate_of(group: Group, rates: Tensor) -> Tensor:
-    return rates[2 + RATES.index(group.rate)]
+    first, *others = (learning_rate(iteration, c, getattr(c, name)) for name in RATES)
+    return np.array([first, *corrections, *others], np.float32)
 
 
 def moments_by_name(m: dict[str, Tensor], v: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -5,7 +5,8 @@ driven by a Python thread of its own, run side by side: a kernel call releases P
 every core gets a device, a model and an equal part of each batch. The weights exist once, in one
 flat piece of memory that all models read; each core writes its own flat gradients, and after that
 updates its own part of the weights from the mean of all gradients (data parallelism with a sharded
-optimizer, as in ZeRO, Rajbhandari et al. 2020). Sums are always taken in the same order: the result
+optimizer, as in ZeRO, Rajbhandari et al. 2020): whole matrices where Muon does it, else an equal
+stretch of memory. Sums are always taken in the same order: the result
 depends on the number of cores, but not on their timing.
 """
 
@@ -26,7 +27,16 @@ from tinygrad.uop.ops import Ops
 from tinygpt.checkpoint import training_state
 from tinygpt.config import RunConfig
 from tinygpt.model import build_model, cross_entropy
-from tinygpt.optimizer import AdamW, clip_coefficient, global_norm, moments_by_name, step_rates
+from tinygpt.optimizer import (
+    Group,
+    Optimizer,
+    clip_coefficient,
+    global_norm,
+    group_of,
+    moments_by_name,
+    orthogonalize_cost,
+    step_rates,
+)
 from tinygpt.sampling import Tokens
 
 ALIGNMENT = 16  # floats, a cache line: tinygrad's vectorized kernels want aligned arrays
@@ -70,24 +80,28 @@ class ParallelTrainer:
     def __init__(self, config: RunConfig, cores: int):
         c, self.model = config.train, build_model(config.model, config.train.seed)
         initial = self.model.parameters()
-        matrices_first = sorted(initial, key=lambda name: initial[name].ndim < 2)
-        shapes = {name: tuple(map(int, initial[name].shape)) for name in matrices_first}
+        self.groups = {name: group_of(name, p, c) for name, p in initial.items()}
+        by_group = sorted(initial, key=lambda name: self.groups[name], reverse=True)
+        shapes = {name: tuple(map(int, initial[name].shape)) for name in by_group}
         self.weights, self.m, self.v = (Memory(shapes) for _ in range(3))
         for name, tensor in self.weights.tensors("CPU").items():
             tensor.assign(initial[name]).realize()
         self.gradients = [Memory(shapes) for _ in range(cores)]
-        self.rates, self.norms = np.zeros(3, np.float32), np.zeros(cores, np.float32)
+        self.rates, self.norms = step_rates(0, c), np.zeros(cores, np.float32)
         self.replicas = [Replica(self, config, core) for core in range(cores)]
         self.model.use(self.weights.tensors("CPU"))
         self.config, self.devices = c, [replica.device for replica in self.replicas]
-        moments = moments_by_name(self.m.tensors("CPU"), self.v.tensors("CPU"))
+        inner = {name for name, group in self.groups.items() if group.orthogonalized}
+        v = {name: v for name, v in self.v.tensors("CPU").items() if name not in inner}
+        moments = moments_by_name(self.m.tensors("CPU"), v)
         self.state = training_state(self.model.parameters(), moments, self.devices, c.seed)
         self.pool = ThreadPoolExecutor(cores)
 
     def step(self, x: Tokens, y: Tokens, iteration: int) -> None:
         self._feed(x, y)
         self.rates[:] = step_rates(iteration, self.config)
-        for phase in ("gradients", "norm", "update"):  # each needs what all cores did before
+        clipping = ["norm"] if self.config.grad_clip > 0 else []
+        for phase in ("gradients", *clipping, "update"):  # each needs what all cores did before
             self._run(phase)
 
     def train_loss(self) -> float:
@@ -121,7 +135,8 @@ class Replica:
     def __init__(self, trainer: ParallelTrainer, config: RunConfig, core: int):
         c, self.device = config.train, f"CPU:{core}" if core else "CPU"
         cores = len(trainer.gradients)
-        self.model = build_model(config.model, None)
+        with Context(DEV=self.device):  # of the model's constants
+            self.model = build_model(config.model, None)
         self.model.use(trainer.weights.tensors(self.device))
         shape = (c.batch_size // cores, config.model.block_size)
         self.x, self.y = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
@@ -143,38 +158,28 @@ class Replica:
             value = cross_entropy(self.model.logits(x), y)
             loss.assign(value.reshape(1)).realize()
 
-        # This core's part of the flat arrays: what weight decay acts on, and what it does not.
-        size = len(trainer.weights.array)
-        first_free = min(
-            (trainer.weights.offsets[n] for n, p in parameters.items() if p.ndim < 2), default=size
-        )
-        bounds = [size * i // cores // ALIGNMENT * ALIGNMENT for i in range(cores)] + [size]
-        start, end = bounds[core], bounds[core + 1]
-        spans = {
-            "decayed": (start, min(end, first_free)),
-            "free": (max(start, first_free), end),
-        }
-        spans = {name: span for name, span in spans.items() if span[0] < span[1]}
+        spans, matrices = shares(trainer.weights, trainer.groups, cores)[core]
 
         def parts(memory: Memory) -> dict[str, Tensor]:
-            return {name: memory.part(*span, self.device) for name, span in spans.items()}
+            stretches = {str(g): memory.part(*span, self.device) for g, span in spans.items()}
+            return stretches | {name: memory.tensor(name, self.device) for name in matrices}
 
         all_gradients = [parts(memory) for memory in trainer.gradients]
-        optimizer = AdamW(
-            parts(trainer.weights), c, {"decayed"}, parts(trainer.m), parts(trainer.v)
-        )
+        groups = {str(g): g for g in spans} | {name: trainer.groups[name] for name in matrices}
+        own = parts(trainer.weights)
+        optimizer = Optimizer(own, c, groups, parts(trainer.m), parts(trainer.v))
         norms, rates = on_device(trainer.norms, self.device), on_device(trainer.rates, self.device)
         norm = on_device(trainer.norms[core : core + 1], self.device)
 
         def mean_gradients() -> dict[str, Tensor]:
             return {
                 name: sum((g[name] for g in all_gradients[1:]), all_gradients[0][name]) / cores
-                for name in spans
+                for name in own
             }
 
         def compute_norm() -> None:
-            own = global_norm(list(mean_gradients().values()))
-            norm.assign(own.reshape(1)).realize()
+            length = global_norm(list(mean_gradients().values()))
+            norm.assign(length.reshape(1)).realize()
 
         def update() -> None:
             gradients = mean_gradients()
@@ -197,6 +202,38 @@ class Replica:
         jit.cnt = 1  # capture now: there is nothing to realize in a run before, all is in memory
         jit()
         self.launch[phase] = launcher(jit)
+
+
+Spans = dict[Group, tuple[int, int]]
+
+
+def shares(memory: Memory, groups: dict[str, Group], cores: int) -> list[tuple[Spans, list[str]]]:
+    """What each core updates: an equal stretch of the memory that AdamW updates, cut where one
+    group of parameters ends, and the names of Muon's matrices.
+
+    The matrices go, the costliest first, to the core that has least to do.
+    """
+    costs = {n: orthogonalize_cost(n, memory.shapes[n]) for n, g in groups.items() if g[0]}
+    names: list[list[str]] = [[] for _ in range(cores)]
+    for name in sorted(costs, key=lambda n: -costs[n]):
+        min(names, key=lambda own: sum(costs[n] for n in own)).append(name)
+
+    starts: dict[Group, int] = {}
+    for name, offset in memory.offsets.items():
+        if name not in costs:
+            starts.setdefault(groups[name], offset)
+    size = len(memory.array)
+    ends = [*list(starts.values())[1:], size]
+    first = min(starts.values(), default=size)
+    bounds = [first + (size - first) * i // cores // ALIGNMENT * ALIGNMENT for i in range(cores)]
+    found = []
+    for start, end, own in zip(bounds, [*bounds[1:], size], names, strict=True):
+        spans = {
+            group: (max(start, group_start), min(end, group_end))
+            for (group, group_start), group_end in zip(starts.items(), ends, strict=True)
+        }
+        found.append(({g: s for g, s in spans.items() if s[0] < s[1]}, own))
+    return found
 
 
 def launcher(jit: Any) -> Callable[[], None]:

@@ -276,11 +276,13 @@ def finetuned(
         value, theirs = flags[name], getattr(model, name)
         if name == "block_size" and value > theirs:
             raise InputError(f"block_size is {theirs} in {source}; {value} is longer")
-        if name not in ("block_size", "dropout") and value != theirs:
+        if name not in ("block_size", "dropout", "attn_dropout") and value != theirs:
             raise InputError(f"{name} is {theirs} in {source}, not {value}; leave out that flag")
     block_size = min(wanted.block_size, model.block_size)
-    dropout = wanted.dropout if isinstance(wanted, GPTConfig) else 0.0
-    return dataclasses.replace(model, block_size=block_size, dropout=dropout)
+    model = dataclasses.replace(model, block_size=block_size, dropout=0.0, attn_dropout=None)
+    if not isinstance(wanted, GPTConfig):
+        return model
+    return dataclasses.replace(model, dropout=wanted.dropout, attn_dropout=wanted.attn_dropout)
 
 
 def load_data(

@@ -15,7 +15,14 @@ from tinygpt.batches import evaluation_batches, sample_blocks
 from tinygpt.checkpoint import training_state
 from tinygpt.config import InputError, RunConfig
 from tinygpt.model import LanguageModel, build_model, cross_entropy
-from tinygpt.optimizer import AdamW, clip_coefficient, global_norm, moments_by_name, step_rates
+from tinygpt.optimizer import (
+    AdamW,
+    Optimizer,
+    clip_coefficient,
+    global_norm,
+    moments_by_name,
+    step_rates,
+)
 from tinygpt.parallel import ParallelTrainer
 from tinygpt.sampling import Tokens
 
@@ -38,7 +45,7 @@ class OneDevice:
     def __init__(self, config: RunConfig):
         self.config, self.devices = config.train, [Device.DEFAULT]
         self.model = build_model(config.model, config.train.seed)
-        self.optimizer = AdamW(self.model.parameters(), config.train)
+        self.optimizer = Optimizer(self.model.parameters(), config.train)
         moments = moments_by_name(self.optimizer.m, self.optimizer.v)
         self.state = training_state(
             self.model.parameters(), moments, self.devices, config.train.seed
@@ -58,9 +65,9 @@ class OneDevice:
 
 
 def training_step(
-    model: LanguageModel, optimizer: AdamW, grad_clip: float
+    model: LanguageModel, optimizer: Optimizer | AdamW, grad_clip: float
 ) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """A step of training as a compiled function from x, y (B, T) and rates (3,) to the loss."""
+    """A step of training as a compiled function from x, y (B, T) and rates (5,) to the loss."""
     names, parameters = zip(*model.parameters().items(), strict=True)
 
     @TinyJit

@@ -41,6 +41,7 @@ ROUNDINGS = {
     "attention gradient": 32,  # the same twice over [8]
     "cross_entropy": 16,  # logits of some hundreds, less the largest; exp, log [1]
     "cross_entropy gradient": 16,  # exp and a division [3]
+    "orthogonalized": 250,  # five steps; each may triple an error, as it does small singular values
     "logits": 80,  # two blocks; layer norms over three channels magnify what comes in [25]
     "loss": 32,  # the logits' errors average out; sums over all places do not [4]
     "gradient": 256,  # forward and back again through the same layer norms [106]
@@ -49,6 +50,9 @@ ROUNDINGS = {
     # largest in its tensor, the gradient's rounding error counts a thousandfold.
     "after 1 step": 160,  # nearly only the first moments, which are gradients [44]
     "after 20 steps": 400,  # [109]
+    # Newton and Schulz's steps magnify small singular values, and what rounding adds to them: the
+    # reference itself, rounded once a step, strays by 410.
+    "after 20 steps of Muon": 1600,  # [570]
     "after 50 steps": 400,  # only the weights [62]
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +18,10 @@ from tinygpt.model import GPT, LanguageModel
 B, T = 2, 4
 TINY = GPTConfig(block_size=T, vocab_size=7, n_layer=2, n_head=2, n_embd=4)
 FULL = replace(TINY, bias=True, tie_weights=False)
+MODERN = replace(  # all that came after GPT-2; the cap is low enough to bend these logits
+    TINY, tie_weights=False, activation="relu2", position="rotary", norm="rms", qk_norm=True,
+    logit_softcap=3.0, zero_init=True,
+)  # fmt: skip
 
 beyond_the_emulator = pytest.mark.skipif(
     Device.DEFAULT == "PYTHON", reason="takes too long on the PYTHON emulator; run on all others"
@@ -47,12 +52,24 @@ def build(config: GPTConfig, seed: int = 0, scale: float = 1.0) -> tuple[GPT, di
         config.block_size,
         config.bias,
         config.tie_weights,
+        config.position == "rotary",
+        config.norm == "rms",
     )
-    drawn["ln_f.weight"] *= scale
+    if scale != 1:
+        drawn["ln_f.weight"] *= scale
     parameters = {name: as_float32(array) for name, array in drawn.items()}
     model = GPT(config)
     load(model, parameters)
     return model, parameters
+
+
+def options(config: GPTConfig) -> dict[str, Any]:
+    """What the reference cannot tell from the parameters."""
+    return {
+        "activation": config.activation,
+        "qk_norm": config.qk_norm,
+        "softcap": config.logit_softcap,
+    }
 
 
 def random_batch(seed: int, config: GPTConfig = TINY) -> tuple[np.ndarray, np.ndarray]:

@@ -16,23 +16,30 @@ from tinygpt.optimizer import AdamW, step_rates
 from tinygpt.trainer import training_step
 
 from .compare import assert_close
-from .models import TINY, B, T, as_float32, build, random_batch, tokens
+from .models import MODERN, TINY, B, T, as_float32, build, options, random_batch, tokens
 
 P = 0.25
-CONFIG = replace(TINY, dropout=P)
+CONFIGS = {
+    "GPT-2": replace(TINY, dropout=P),
+    "modern": replace(MODERN, dropout=P, attn_dropout=0.0),
+}
 IDX, TARGETS = random_batch(seed=1)
 
 
-def test_known_masks(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", CONFIGS)
+def test_known_masks(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A training step in which each use of dropout, in the order of the data, has the next mask.
 
     Plain Tensor code asks `Tensor.dropout` and gets the mask; a kernel gets a seed, and the mask
     is what this seed means. The first moment is the gradient, times 1 - beta1, after one step.
     """
+    config = CONFIGS[name]
     drawn = ref.random_masks(
-        np.random.default_rng(2), P, CONFIG.n_layer, CONFIG.n_head, CONFIG.n_embd, B, T
+        np.random.default_rng(2), P, config.n_layer, config.n_head, config.n_embd, B, T
     )
     masks = {name: as_float32(mask) for name, mask in drawn.items()}
+    if config.attention_dropout == 0:
+        masks = {name: mask for name, mask in masks.items() if "weights" not in name}
     waiting = iter(masks)
 
     def given_dropout(x: Tensor, p: float = 0.5) -> Tensor:
@@ -53,21 +60,23 @@ def test_known_masks(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(Tensor, "dropout", given_dropout)
     monkeypatch.setattr(model, "seeded_dropout", given_seed)
-    gpt, p = build(CONFIG)
+    gpt, p = build(config)
     recipe = TrainConfig(beta1=0.5, grad_clip=0)
     optimizer = AdamW(gpt.parameters(), recipe)
     step = training_step(gpt, optimizer, recipe.grad_clip)
     loss = step(tokens(IDX), tokens(TARGETS), Tensor(step_rates(0, recipe)))
     assert next(waiting, None) is None, "a mask was not asked for"
 
-    _, expected = ref.gpt(p, IDX, TARGETS, CONFIG.n_head, masks=masks)
+    given = p, IDX, TARGETS, config.n_head
+    _, expected = ref.gpt(*given, masks=masks, **options(config))
     assert_close("loss", {"loss": loss}, {"loss": np.array(expected)})
-    gradients = ref.gpt_backward(p, IDX, TARGETS, CONFIG.n_head, masks=masks)
+    gradients = ref.gpt_backward(*given, masks=masks, **options(config))
     assert_close("gradient", {n: m.numpy() * 2 for n, m in optimizer.m.items()}, gradients)
 
 
 def test_off_in_evaluation() -> None:
-    gpt, p = build(CONFIG)
+    config = CONFIGS["GPT-2"]
+    gpt, p = build(config)
     logits, _ = gpt(tokens(IDX))
-    expected, _ = ref.gpt(p, IDX, None, CONFIG.n_head)
+    expected, _ = ref.gpt(p, IDX, None, config.n_head)
     assert_close("logits", {"logits": logits}, {"logits": expected})

@@ -10,17 +10,19 @@ from hypothesis import strategies as st
 from tests import reference as ref
 from tests.reference import Array
 from tinygpt import sampling
+from tinygpt.config import GPTConfig
 from tinygpt.model import BigramLanguageModel
 
 from .compare import assert_close
-from .models import FULL, B, T, as_float32, build, load, tokens
+from .models import FULL, MODERN, B, T, as_float32, build, load, options, tokens
 
 PROMPT, NEW = 2, 6  # past block_size: the window slides over the last four tokens
 START = np.random.default_rng(0).integers(FULL.vocab_size, size=(B, PROMPT))
 
 
-def last_logits(p: dict[str, Array], idx: np.ndarray) -> Array:
-    return ref.gpt(p, idx[:, -FULL.block_size :], None, FULL.n_head)[0][:, -1]
+def last_logits(p: dict[str, Array], idx: np.ndarray, config: GPTConfig = FULL) -> Array:
+    context = idx[:, -config.block_size :]
+    return ref.gpt(p, context, None, config.n_head, **options(config))[0][:, -1]
 
 
 def reference_text(p: dict[str, Array], uniforms: Array, **options: float | int) -> np.ndarray:
@@ -30,17 +32,18 @@ def reference_text(p: dict[str, Array], uniforms: Array, **options: float | int)
     return ref.generate(next_logits, START, uniforms, FULL.block_size, **options)  # type: ignore[arg-type]
 
 
-def test_cached_logits() -> None:
+@pytest.mark.parametrize("config", [FULL, MODERN], ids=["GPT-2", "modern"])
+def test_cached_logits(config: GPTConfig) -> None:
     """Token by token the cache gives what the whole context gives, and so does the window that
     slides past block_size; then another text begins."""
-    model, p = build(FULL)
+    model, p = build(config)
     decoder = model.decoder(B)
     for seed, longest in [(1, T + 3), (2, 2)]:
         text = np.random.default_rng(seed).integers(
-            FULL.vocab_size, size=(B, longest), dtype=np.int32
+            config.vocab_size, size=(B, longest), dtype=np.int32
         )
         for end in range(1, longest + 1):
-            got, expected = decoder(text[:, :end]), last_logits(p, text[:, :end])
+            got, expected = decoder(text[:, :end]), last_logits(p, text[:, :end], config)
             assert_close("logits", {f"logits {end}": got}, {f"logits {end}": expected})
 
 

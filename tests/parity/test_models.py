@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -10,7 +12,19 @@ from tinygpt.config import GPTConfig
 from tinygpt.model import BigramLanguageModel
 
 from .compare import assert_close
-from .models import FULL, TINY, B, T, as_float32, beyond_the_emulator, build, load, tokens
+from .models import (
+    FULL,
+    MODERN,
+    TINY,
+    B,
+    T,
+    as_float32,
+    beyond_the_emulator,
+    build,
+    load,
+    options,
+    tokens,
+)
 
 
 def assert_gpt_agrees(
@@ -22,13 +36,13 @@ def assert_gpt_agrees(
     gradients = loss.gradient(*model.parameters().values())
     logits.realize(loss, *gradients)
 
-    ref_logits, ref_loss = ref.gpt(p, idx, targets, config.n_head, config.activation)
+    ref_logits, ref_loss = ref.gpt(p, idx, targets, config.n_head, **options(config))
     assert_close("logits", {"logits": logits}, {"logits": ref_logits})
     assert_close("loss", {"loss": loss}, {"loss": np.array(ref_loss)})
     assert_close(
         "gradient",
         dict(zip(model.parameters(), gradients, strict=True)),
-        ref.gpt_backward(p, idx, targets, config.n_head, config.activation),
+        ref.gpt_backward(p, idx, targets, config.n_head, **options(config)),
     )
 
 
@@ -37,6 +51,11 @@ def assert_gpt_agrees(
     [
         pytest.param(TINY, B, T, id="tiny"),
         pytest.param(FULL, B, T, id="tiny with biases, untied"),
+        pytest.param(MODERN, B, T, id="all that came after GPT-2"),
+        pytest.param(replace(TINY, position="rotary"), B, T, id="rotary"),
+        pytest.param(replace(TINY, norm="rms"), B, T, id="RMS norm"),
+        pytest.param(replace(FULL, qk_norm=True), B, T, id="QK norm"),
+        pytest.param(replace(TINY, logit_softcap=3.0), B, T, id="soft cap"),
         pytest.param(
             GPTConfig(6, 257, n_layer=1, n_head=1, n_embd=9, bias=True), 1, 1,
             id="one token of 257, odd width, one head",
@@ -52,6 +71,11 @@ def assert_gpt_agrees(
         pytest.param(
             GPTConfig(40, 257, n_layer=1, n_head=2, n_embd=80, bias=True), 2, 33,
             id="wide, no size a multiple of a vector", marks=beyond_the_emulator,
+        ),
+        pytest.param(
+            replace(
+                MODERN, block_size=40, vocab_size=257, n_head=3, n_embd=66, logit_softcap=30.0
+            ), 2, 33, id="modern and wide", marks=beyond_the_emulator,
         ),
     ],
 )  # fmt: skip

@@ -13,7 +13,19 @@ from tinygrad import Tensor
 from tests import reference as ref
 from tests.reference import Array
 from tinygpt.config import Activation, GPTConfig
-from tinygpt.model import Head, attention, causal_mask, cross_entropy, embedding, layer_norm, linear
+from tinygpt.model import (
+    Head,
+    attention,
+    causal_attention,
+    causal_mask,
+    cross_entropy,
+    embedding,
+    layer_norm,
+    linear,
+    rms_norm,
+    rotary_table,
+)
+from tinygpt.optimizer import orthogonalize
 
 from .compare import assert_close
 from .models import as_float32, build, tokens
@@ -86,7 +98,15 @@ def test_layer_norm(shape: tuple[int, ...]) -> None:
     assert_operation_agrees("layer_norm", layer_norm, inputs, y, gradients)
 
 
-@pytest.mark.parametrize("name", ["relu", "gelu", "gelu_tanh"])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 3, 5), (1, 4, 80)])
+def test_rms_norm(shape: tuple[int, ...]) -> None:
+    """Small numbers too, of whose mean square eps is a part."""
+    x = as_float32(random(*shape) * np.geomspace(1e-3, 1, shape[1])[:, None])
+    y, dx = ref.rms_norm(x), ref.rms_norm_backward(upstream(shape), x)
+    assert_operation_agrees("layer_norm", rms_norm, {"x": x}, y, {"x": dx})
+
+
+@pytest.mark.parametrize("name", ["relu", "relu2", "gelu", "gelu_tanh"])
 def test_activation(name: Activation) -> None:
     """After a matrix product, here by 1: from far left, where nothing passes, to far right."""
     x = as_float32(np.linspace(-9, 9, 181))[:, None]
@@ -94,6 +114,33 @@ def test_activation(name: Activation) -> None:
     gradients = {"x": getattr(ref, name + "_backward")(upstream(y.shape), x)}
     operation = partial(linear, weight=Tensor([[1.0]]), activation=name)
     assert_operation_agrees("activation", operation, {"x": x}, y, gradients)
+
+
+def test_softcap() -> None:
+    """From far left, where nearly nothing passes, to far right."""
+    x = as_float32(np.linspace(-9, 9, 181))[:, None]
+    y, dx = ref.softcap(x, 3.0), ref.softcap_backward(upstream(x.shape), x, 3.0)
+    operation = partial(linear, weight=Tensor([[1.0]]), activation=3.0)
+    assert_operation_agrees("activation", operation, {"x": x}, y, {"x": dx})
+
+
+@pytest.mark.parametrize("qk_norm, rotary", [(True, False), (False, True), (True, True)])
+@pytest.mark.parametrize("B, T, H, D", [(1, 1, 1, 2), (2, 5, 3, 2), (1, 17, 1, 10)])
+def test_causal_attention(B: int, T: int, H: int, D: int, qk_norm: bool, rotary: bool) -> None:
+    """The norm of queries and keys and their rotation, with a table for more positions."""
+    qkv = random(B, T, 3 * H * D)
+    table = rotary_table(T + 3, D) if rotary else None
+    y = ref.attention(qkv, H, None, qk_norm, rotary)
+    dqkv = ref.attention_backward(upstream(y.shape), qkv, H, None, qk_norm, rotary)
+    operation = partial(causal_attention, n_head=H, qk_norm=qk_norm, rotary=table)
+    assert_operation_agrees("attention", operation, {"qkv": qkv}, y, {"qkv": dqkv})
+
+
+@pytest.mark.parametrize("rows, columns", [(1, 1), (3, 5), (6, 2)])
+def test_orthogonalize(rows: int, columns: int) -> None:
+    g = random(rows, columns)
+    got = orthogonalize(Tensor(g.astype(np.float32)))
+    assert_close("orthogonalized", {"update": got}, {"update": ref.orthogonalized(g)})
 
 
 @pytest.mark.parametrize("B, T, H, D", [(1, 1, 1, 1), (2, 5, 3, 1), (1, 17, 1, 9)])

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from string import ascii_letters
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -24,11 +26,26 @@ from tinygpt.tokenizer import CharTokenizer
 from tinygpt.trainer import OneDevice, Trainer
 
 from .compare import assert_close
-from .models import FULL, TINY, B, as_float32, beyond_the_emulator, build, load, random_batch
+from .models import (
+    FULL,
+    MODERN,
+    TINY,
+    B,
+    as_float32,
+    beyond_the_emulator,
+    build,
+    load,
+    options,
+    random_batch,
+)
 
 
 def rate(iteration: int, c: TrainConfig) -> float:
-    return ref.learning_rate(iteration, c.learning_rate, c.final_lr, c.warmup_iters, c.decay_iters)
+    rates = c.learning_rate, c.final_lr
+    if c.schedule == "linear":
+        steps = c.warmup_iters, c.linear_iters, c.decay_iters
+        return ref.linear_decay(iteration, *rates, *steps)
+    return ref.learning_rate(iteration, *rates, c.warmup_iters, c.decay_iters)
 
 
 def reference_step(
@@ -40,14 +57,46 @@ def reference_step(
     c: TrainConfig,
 ) -> tuple[dict[str, Array], Moments, float, float]:
     """(parameters, moments, loss, norm of the gradients) of one whole training step."""
-    loss = ref.gpt(p, *batch, model.n_head, model.activation)[1]
+    loss = ref.gpt(p, *batch, model.n_head, **options(model))[1]
     assert loss is not None
-    gradients = ref.gpt_backward(p, *batch, model.n_head, model.activation)
+    gradients = ref.gpt_backward(p, *batch, model.n_head, **options(model))
     clipped, norm = ref.clip_by_global_norm(gradients, c.grad_clip)
-    betas = (c.beta1, c.beta2)
-    decay = c.weight_decay
-    p, moments = ref.adamw(p, clipped, moments, rate(iteration, c), betas, weight_decay=decay)
+    if c.optimizer == "muon":
+        p, moments = reference_muon(p, clipped, moments, iteration, c)
+    else:
+        betas, decay = (c.beta1, c.beta2), c.weight_decay
+        p, moments = ref.adamw(p, clipped, moments, rate(iteration, c), betas, weight_decay=decay)
     return p, moments, loss, norm
+
+
+def reference_muon(
+    p: dict[str, Array], g: dict[str, Array], moments: Moments, iteration: int, c: TrainConfig
+) -> tuple[dict[str, Array], Moments]:
+    """The blocks' matrices by Muon, queries, keys and values each on their own; all else by AdamW,
+    with the learning rate of its kind."""
+    first, second, lr = dict(moments.first), dict(moments.second), rate(iteration, c)
+    new = {}
+    for name in p:
+        peak = {"wte": c.embedding_lr, "wpe": c.embedding_lr, "lm_head": c.head_lr}.get(
+            name.split(".")[0]
+        )
+        own_rate = lr if peak is None else lr * peak / c.learning_rate
+        if name.startswith("h.") and p[name].ndim == 2:
+            parts = 3 if "c_attn" in name else 1
+            rows = [np.split(x, parts) for x in (p[name], g[name], first[name])]
+            moved = [
+                ref.muon(*part, lr, c.momentum, c.weight_decay) for part in zip(*rows, strict=True)
+            ]
+            new[name], first[name] = (np.concatenate(x) for x in zip(*moved, strict=True))
+            second.pop(name, None)  # Muon has none
+        else:
+            one = Moments(moments.step, {name: first[name]}, {name: second[name]})
+            moved_one, after = ref.adamw(
+                {name: p[name]}, g, one, own_rate, (c.beta1, c.beta2), weight_decay=c.weight_decay
+            )
+            new[name] = moved_one[name]
+            first[name], second[name] = after.first[name], after.second[name]
+    return new, Moments(moments.step + 1, first, second)
 
 
 def comparable(named: Mapping[str, Tensor | Array]) -> dict[str, Array]:
@@ -79,10 +128,13 @@ def test_clipping(max_norm: float) -> None:
     assert_close("operation", clipped, expected)
 
 
-def test_learning_rate() -> None:
+@pytest.mark.parametrize("schedule", ["cosine", "linear"])
+def test_learning_rate(schedule: Literal["cosine", "linear"]) -> None:
     """Every iteration, to the last digit: both are float64 arithmetic on the host."""
     for warmup, max_iters, decay in [(10, 100, None), (0, 20, 15), (5, 30, 5)]:
-        c = TrainConfig(max_iters=max_iters, warmup_iters=warmup, lr_decay_iters=decay)
+        c = TrainConfig(
+            max_iters=max_iters, warmup_iters=warmup, lr_decay_iters=decay, schedule=schedule
+        )
         got = [learning_rate(i, c) for i in range(max_iters + 5)]
         np.testing.assert_allclose(got, [rate(i, c) for i in range(max_iters + 5)], rtol=1e-14)
 
@@ -95,23 +147,32 @@ def two_cores(config: RunConfig) -> Trainer:
     return ParallelTrainer(config, 2)
 
 
-@pytest.mark.parametrize(
-    "config, trainer_on",
-    [
-        pytest.param(TINY, one_device, id="tied, plain"),
-        pytest.param(FULL, one_device, id="untied, biases"),
-        pytest.param(
-            FULL, two_cores, id="untied, biases, two cores",
-            marks=pytest.mark.skipif(Device.DEFAULT != "CPU", reason="for the cores of a CPU"),
-        ),
-    ],
+ADAMW = TrainConfig(max_iters=20, warmup_iters=5, learning_rate=1e-3, grad_clip=2.5, batch_size=B)
+MUON = replace(
+    ADAMW, optimizer="muon", embedding_lr=2e-3, head_lr=5e-4, schedule="linear", warmdown_iters=8,
 )  # fmt: skip
-def test_steps(config: GPTConfig, trainer_on: Callable[[RunConfig], Trainer]) -> None:
+for_cores = pytest.mark.skipif(Device.DEFAULT != "CPU", reason="for the cores of a CPU")
+
+
+@pytest.mark.parametrize(
+    "config, c, trainer_on",
+    [
+        pytest.param(TINY, ADAMW, one_device, id="tied, plain"),
+        pytest.param(FULL, ADAMW, one_device, id="untied, biases"),
+        pytest.param(FULL, ADAMW, two_cores, id="untied, biases, two cores", marks=for_cores),
+        pytest.param(MODERN, MUON, one_device, id="Muon"),
+        pytest.param(MODERN, MUON, two_cores, id="Muon, two cores", marks=for_cores),
+        pytest.param(FULL, MUON, two_cores, id="Muon, biases, two cores", marks=for_cores),
+    ],
+)
+def test_steps(
+    config: GPTConfig, c: TrainConfig, trainer_on: Callable[[RunConfig], Trainer]
+) -> None:
     """Parameters and both moments after 1 and after 20 steps, with a new batch in every step."""
-    c = TrainConfig(max_iters=20, warmup_iters=5, learning_rate=1e-3, grad_clip=2.5, batch_size=B)
     trainer, p = trainer_on(RunConfig("micro", config, c)), build(config)[1]
     load(trainer.model, p)
     moments, norms = Moments.zero(p), []
+    of_muon = " of Muon" if c.optimizer == "muon" else ""
     for i in range(20):
         idx, targets = random_batch(seed=i)
         trainer.step(idx.astype(np.int32), targets.astype(np.int32), i)
@@ -121,7 +182,7 @@ def test_steps(config: GPTConfig, trainer_on: Callable[[RunConfig], Trainer]) ->
         assert_close("loss of a run", {f"loss {i}": loss}, {f"loss {i}": np.array(expected)})
         if i in (0, 19):
             got = {n: t for n, t in trainer.state.items() if not n.startswith("random.")}
-            kind = "after 20 steps" if i else "after 1 step"
+            kind = "after 20 steps" + of_muon if i else "after 1 step"
             assert_close(kind, comparable(got), comparable(p | named_moments(moments)))
     assert min(norms) < c.grad_clip < max(norms), "some steps must be clipped and some not"
 
