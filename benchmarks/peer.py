@@ -85,6 +85,14 @@ class PeerTrainer:
         return float(loss.item())
 
     @torch.no_grad()
+    def total_loss(self, x: Tensor, y: Tensor) -> float:
+        """Sum of the losses of the targets, which are -1 where there is none."""
+        self.model.eval()
+        logits = self.model(x).flatten(0, 1)
+        loss = F.cross_entropy(logits, y.flatten(), ignore_index=-1, reduction="sum")
+        return float(loss.item())
+
+    @torch.no_grad()
     def evaluate(self, x: Tensor, y: Tensor) -> float:
         self.model.eval()
         return float(self.model.loss(x, y).item())

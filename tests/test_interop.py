@@ -380,6 +380,24 @@ def test_what_nanogpt_cannot_build(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("write", [export_huggingface, export_nanogpt])
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"position": "rotary"}, "position rotary"),
+        ({"norm": "rms"}, "norm rms"),
+        ({"qk_norm": True, "logit_softcap": 15.0}, "qk_norm True, logit_softcap 15.0"),
+        ({"activation": "relu2"}, "activation relu2"),
+    ],
+)
+def test_only_a_gpt_2_can_be_exported(
+    tmp_path: Path, write: Any, change: dict[str, Any], named: str
+) -> None:
+    with pytest.raises(InputError, match=f"only a GPT-2 can be exported; this model has {named}"):
+        write(small_model(**change), CHARACTERS, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_text_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     export_huggingface(small_model(), CHARACTERS, tmp_path)
     flags = "--max-new-tokens 9 --prompt Love --temperature 0"

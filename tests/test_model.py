@@ -1,19 +1,21 @@
 """Shapes, errors, initialization, generation; the values are compared in tests/parity."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from tinygrad import Context, Tensor
 
 from tinygpt import GPT, BigramLanguageModel, CharTokenizer, GPTConfig, Head, InputError
-from tinygpt.config import TrainConfig
+from tinygpt.config import MODERN, TrainConfig
 from tinygpt.model import LanguageModel, attention, causal_mask
 from tinygpt.optimizer import AdamW, step_rates
 from tinygpt.sampling import sample_tokens
 from tinygpt.trainer import training_step
 
 TINY = GPTConfig(block_size=8, vocab_size=11, n_layer=2, n_head=2, n_embd=8)
+MODERN_TINY = replace(TINY, **MODERN)
 
 
 def random_tokens(batch: int, time: int, vocab_size: int = 11, seed: int = 0) -> Tensor:
@@ -23,6 +25,17 @@ def random_tokens(batch: int, time: int, vocab_size: int = 11, seed: int = 0) ->
 @pytest.fixture(scope="module")
 def model() -> GPT:
     return GPT(TINY, seed=1)
+
+
+@pytest.fixture(scope="module", params=["GPT-2", "modern"])
+def any_gpt(request: pytest.FixtureRequest, model: GPT) -> GPT:
+    """With weights large enough that tokens are told apart."""
+    if request.param == "GPT-2":
+        return model
+    modern, rng = GPT(MODERN_TINY), np.random.default_rng(2)
+    for p in modern.parameters().values():
+        p.assign(Tensor(rng.standard_normal(p.shape).astype(np.float32))).realize()
+    return modern
 
 
 @pytest.fixture(scope="module", params=["gpt", "bigram"])
@@ -50,6 +63,27 @@ def test_parameter_names_are_gpt2s() -> None:
     assert shapes["h.0.mlp.c_fc.weight"] == (16, 4)
     assert shapes["h.0.mlp.c_proj.weight"] == (4, 16)
     assert "lm_head.weight" not in GPT(TINY).parameters()
+
+
+def test_parameters_of_a_modern_model() -> None:
+    """No positions, no norms' weights; the rotation's table is not trained."""
+    model = GPT(replace(MODERN_TINY, n_layer=1))
+    names = ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]
+    expected = ["wte.weight", *(f"h.0.{n}.weight" for n in names), "lm_head.weight"]
+    assert list(model.parameters()) == expected
+    assert model.num_parameters() == 2 * 11 * 8 + 12 * 8 * 8
+    for name, p in model.parameters().items():
+        starts_at_zero = "c_proj" in name or name == "lm_head.weight"
+        assert (p.numpy() == 0).all() == starts_at_zero, name
+    _, loss = model(random_tokens(1, 8), random_tokens(1, 8))
+    assert loss is not None and loss.item() == pytest.approx(math.log(11), rel=1e-6)
+
+
+def test_soft_capped_logits_stay_within_the_cap() -> None:
+    model = GPT(replace(TINY, logit_softcap=2.0))
+    model.wte.weight.assign(model.wte.weight * 1e4).realize()
+    logits = model(random_tokens(2, 8))[0].numpy()
+    assert 1.9 < np.abs(logits).max() <= 2.0
 
 
 def test_number_of_parameters() -> None:
@@ -90,10 +124,10 @@ def test_untrained_losses() -> None:
     assert loss is not None and abs(loss.item() - math.log(65)) < 0.1
 
 
-def test_the_future_is_not_seen(model: GPT) -> None:
+def test_the_future_is_not_seen(any_gpt: GPT) -> None:
     a, b = random_tokens(1, 8).numpy(), random_tokens(1, 8).numpy().copy()
     b[0, 5:] = (b[0, 5:] + 1) % 11
-    before, after = (model(Tensor(idx))[0].numpy() for idx in (a, b))
+    before, after = (any_gpt(Tensor(idx))[0].numpy() for idx in (a, b))
     assert (before[:, :5] == after[:, :5]).all()
     assert (before[:, 5:] != after[:, 5:]).any()
 
@@ -129,6 +163,10 @@ def test_wrong_targets(model: GPT) -> None:
         ({"n_layer": 0}, "n_layer is 0"),
         ({"block_size": 2.5}, "block_size is 2.5"),
         ({"activation": "tanh"}, "activation is 'tanh'"),
+        ({"position": "none"}, "position is 'none'; it must be one of learned, rotary"),
+        ({"position": "rotary", "n_embd": 6}, "n_embd / n_head is 3"),
+        ({"logit_softcap": -1.0}, "logit_softcap is -1.0"),
+        ({"attn_dropout": 1.0}, "attention_dropout is 1.0"),
     ],
 )
 def test_wrong_shapes(change: dict[str, int], message: str) -> None:
@@ -183,14 +221,14 @@ def test_generate_returns_the_prompt_and_the_rest(any_model: LanguageModel) -> N
 
 
 @pytest.mark.parametrize("prompt", [1, 7, 8, 12])  # the last two fill and exceed the block
-def test_cached_generation_is_uncached_generation(model: GPT, prompt: int) -> None:
+def test_cached_generation_is_uncached_generation(any_gpt: GPT, prompt: int) -> None:
     tokens = random_tokens(2, prompt).numpy()
 
     def uncached(context: np.ndarray) -> np.ndarray:
-        return model(Tensor(context[:, -8:].copy()))[0].numpy()[:, -1]
+        return any_gpt(Tensor(context[:, -8:].copy()))[0].numpy()[:, -1]
 
     expected = np.stack(list(sample_tokens(uncached, tokens, 12, seed=5)), axis=1)
-    assert (model.generate(Tensor(tokens), 12, seed=5).numpy()[:, prompt:] == expected).all()
+    assert (any_gpt.generate(Tensor(tokens), 12, seed=5).numpy()[:, prompt:] == expected).all()
 
 
 def test_a_decoder_can_start_another_text(model: GPT) -> None:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,7 +22,11 @@ from tinygpt.sampling import Tokens
 from tinygpt.trainer import OneDevice, choose_trainer, exact_loss
 
 SMALL = "--block-size 8 --batch-size 4 --eval-interval 40 --eval-iters 2 --warmup-iters 5"
-GPT_RUN = f"{SMALL} --n-layer 1 --n-head 1 --n-embd 8 --dropout 0.2"
+TINY_GPT = "--n-layer 1 --n-head 1 --n-embd 8 --dropout 0.2"
+GPT_RUNS = {
+    "AdamW": f"--preset micro {SMALL} {TINY_GPT}",
+    "Muon": f"--preset fast {SMALL} {TINY_GPT}",
+}
 
 
 @pytest.fixture(scope="module")
@@ -182,25 +187,26 @@ def interrupt(folder: Path, flags: str, number: int, after: str) -> int:
     return process.wait(timeout=300)
 
 
-def test_stopped_and_resumed_is_as_if_never_stopped(folder: Path) -> None:
-    flags = f"{GPT_RUN} --max-iters 300"
-    assert train(folder, f"{flags} --out-dir runs/straight").returncode == 0
-    straight = load_file(folder / "runs/straight/checkpoint.safetensors")
-    resume = "--resume --out-dir runs/stopped"
-    flags = f"{flags} --out-dir runs/stopped"
+@pytest.mark.parametrize("optimizer", GPT_RUNS)
+def test_stopped_and_resumed_is_as_if_never_stopped(folder: Path, optimizer: str) -> None:
+    flags = f"{GPT_RUNS[optimizer]} --max-iters 300"
+    names = [f"runs/{optimizer}-{kind}" for kind in ("straight", "stopped")]
+    assert train(folder, f"{flags} --out-dir {names[0]}").returncode == 0
+    straight = load_file(folder / names[0] / "checkpoint.safetensors")
+    resume = f"--resume --out-dir {names[1]}"
+    flags = f"{flags} --out-dir {names[1]}"
     assert interrupt(folder, flags, signal.SIGKILL, '"iteration": 60,') == -signal.SIGKILL
     assert interrupt(folder, resume, signal.SIGINT, '"iteration": 150,') == 130
-    half_way = load_file(folder / "runs/stopped/checkpoint.safetensors")
+    half_way = load_file(folder / names[1] / "checkpoint.safetensors")
     assert any((half_way[name] != value).any() for name, value in straight.items())
-    assert not (folder / "runs/stopped/summary.json").exists()
+    assert not (folder / names[1] / "summary.json").exists()
     result = train(folder, resume)
     assert result.returncode == 0, result.stderr
-    stopped = load_file(folder / "runs/stopped/checkpoint.safetensors")
+    stopped = load_file(folder / names[1] / "checkpoint.safetensors")
     for name, value in straight.items():  # weights, moments, the generator of dropout
         assert (stopped[name] == value).all(), name
     rows = [
-        [json.loads(line) for line in (folder / f"runs/{run}/metrics.jsonl").open()]
-        for run in ("straight", "stopped")
+        [json.loads(line) for line in (folder / name / "metrics.jsonl").open()] for name in names
     ]
     same = ("iteration", "train_loss", "val_loss", "learning_rate")
     assert [[a[k] for k in same] for a in rows[0]] == [[b[k] for k in same] for b in rows[1]]
@@ -230,13 +236,14 @@ def test_cores_must_share_the_batch(folder: Path) -> None:
 
 
 @pytest.mark.skipif(Device.DEFAULT != "CPU", reason="for the cores of a CPU")
-def test_the_number_of_cores_changes_only_the_rounding() -> None:
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_the_number_of_cores_changes_only_the_rounding(optimizer: Any) -> None:
     model = GPTConfig(8, 11, n_layer=1, n_head=2, n_embd=8, bias=True)
     rng = np.random.default_rng(0)
     batches = [rng.integers(0, 11, (2, 4, 8), np.int32) for _ in range(5)]
     results = []
     for cores in (1, 2):
-        recipe = TrainConfig(batch_size=4, devices=cores, warmup_iters=0)
+        recipe = TrainConfig(batch_size=4, devices=cores, warmup_iters=0, optimizer=optimizer)
         trainer = choose_trainer(RunConfig("micro", model, recipe))
         losses = []
         for i, (x, y) in enumerate(batches):
