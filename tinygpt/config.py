@@ -257,7 +257,7 @@ class Preset:
 
 # What small models have learned since GPT-2, and a recipe that goes with it; both much as in
 # Jordan's modded-nanogpt, whose speed records found most of it.
-MODERN = dict(
+MODERN: dict[str, Any] = dict(
     activation="relu2", tie_weights=False, position="rotary", norm="rms", qk_norm=True,
     logit_softcap=15.0, zero_init=True, attn_dropout=0.0,
 )  # fmt: skip

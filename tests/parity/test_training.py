@@ -85,7 +85,8 @@ def reference_muon(
             parts = 3 if "c_attn" in name else 1
             rows = [np.split(x, parts) for x in (p[name], g[name], first[name])]
             moved = [
-                ref.muon(*part, lr, c.momentum, c.weight_decay) for part in zip(*rows, strict=True)
+                ref.muon(*of_part, learning_rate=lr, beta=c.momentum, weight_decay=c.weight_decay)
+                for of_part in zip(rows[0], rows[1], rows[2], strict=True)
             ]
             new[name], first[name] = (np.concatenate(x) for x in zip(*moved, strict=True))
             second.pop(name, None)  # Muon has none

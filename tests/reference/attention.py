@@ -124,7 +124,7 @@ def attention_backward(
 ) -> Array:
     """dqkv (B, T, 3 C): every head's own backward pass; splitting and stacking only move values."""
     q, k, v = (split_heads(part, n_head) for part in np.split(qkv, 3, axis=-1))
-    placed = (place(part, qk_norm, rotary) for part in (q, k))
-    dq, dk, dv = head_backward(split_heads(dy, n_head), *placed, v, mask)
+    placed_q, placed_k = (place(part, qk_norm, rotary) for part in (q, k))
+    dq, dk, dv = head_backward(split_heads(dy, n_head), placed_q, placed_k, v, mask)
     dq, dk = (place_backward(d, x, qk_norm, rotary) for d, x in ((dq, q), (dk, k)))
     return np.concatenate([merge_heads(g) for g in (dq, dk, dv)], axis=-1)

@@ -92,7 +92,7 @@ def orthogonalized(g: Array, steps: int = 5) -> Array:
     for _ in range(steps):
         square = x @ x.swapaxes(-1, -2)
         x = a * x + (b * square + c * square @ square) @ x
-    return x.swapaxes(-1, -2) if tall else x
+    return np.asarray(x.swapaxes(-1, -2) if tall else x)
 
 
 def muon(
