@@ -24,17 +24,26 @@ ROOT = Path(__file__).parents[1]
 EMBEDDING = "test_operations.py::test_embedding"
 LINEAR = "test_operations.py::test_linear"
 LAYER_NORM = "test_operations.py::test_layer_norm"
+RMS_NORM = "test_operations.py::test_rms_norm"
+SOFTCAP = "test_operations.py::test_softcap"
+PLACED = "test_operations.py::test_causal_attention"
+ORTHOGONALIZE = "test_operations.py::test_orthogonalize"
 ACTIVATION = "test_operations.py::test_activation"
 ATTENTION = "test_operations.py::test_attention"
 ATTENTION_LAYER = "test_operations.py::test_attention_layer"
 CROSS_ENTROPY = "test_operations.py::test_cross_entropy"
 TINY = "test_models.py::test_gpt[tiny]"
+MODERN = "test_models.py::test_gpt[all that came after GPT-2]"
 WIDE = "test_models.py::test_gpt[wide, no size a multiple of a vector]"
 ONE_DEVICE = "test_training.py::test_steps[untied, biases]"
 TWO_CORES = "test_training.py::test_steps[untied, biases, two cores]"
+MUON = "test_training.py::test_steps[Muon]"
+MUON_ON_TWO_CORES = "test_training.py::test_steps[Muon, two cores]"
+RATES = "test_training.py::test_learning_rate[linear]"
 WHOLE_RUN = "test_training.py::test_whole_run"
 DROPOUT = "test_dropout.py"
 CACHE = "test_generation.py::test_cached_logits"
+MODERN_CACHE = "test_generation.py::test_cached_logits[modern]"
 CHOOSING = "test_generation.py::test_choosing"
 
 
@@ -103,7 +112,7 @@ FAULTS = [
     ),
     Fault(
         "the tied table gets no gradient from the logits", TINY, "model.py",
-        "linear(x, self.wte.weight)", "linear(x, self.wte.weight.detach())",
+        "self.wte.weight if self.config", "self.wte.weight.detach() if self.config",
     ),
     Fault(
         "the bias is added twice", LINEAR, "model.py",
@@ -119,11 +128,31 @@ FAULTS = [
         "self.c_fc(x, self.activation)", "self.c_fc(x, self.activation, self.dropout)",
     ),
     Fault(
+        "RMS norm's eps is 1e-5", RMS_NORM, "model.py",
+        "eps: float = 1e-6", "eps: float = 1e-5",
+    ),
+    Fault(
+        "no norm after the embedding", MODERN, "model.py",
+        'x = rms_norm(x) if self.config.norm == "rms" else x', "x = x",
+    ),
+    Fault(
+        "only half of each pair is rotated", PLACED, "model.py",
+        "a * sin + b * cos", "b",
+    ),
+    Fault(
+        "queries and keys are rotated each by another's angle", PLACED, "model.py",
+        "-2 * np.arange(head_size // 2) / head_size", "-np.arange(head_size // 2) / head_size",
+    ),
+    Fault(
+        "a soft cap of one, whatever was asked for", SOFTCAP, "model.py",
+        "y = activation * (x / activation).tanh()", "y = x.tanh()",
+    ),
+    Fault(
         "dropout is off in training", DROPOUT, "trainer.py",
         "@Context(TRAINING=1)", "@Context(TRAINING=0)",
     ),
     # Training
-    Fault("weight decay on biases", ONE_DEVICE, "optimizer.py", "p.ndim >= 2", "p.ndim >= 1"),
+    Fault("weight decay on biases", ONE_DEVICE, "optimizer.py", ".ndim >= 2", ".ndim >= 1"),
     Fault(
         "first moment without bias correction", ONE_DEVICE, "optimizer.py",
         "(m * correction1)", "m",
@@ -134,7 +163,8 @@ FAULTS = [
     ),
     Fault(
         "weight decay goes through the moments", ONE_DEVICE, "optimizer.py",
-        "gradients[name], self.m", "gradients[name] + c.weight_decay * p, self.m",
+        "gradients[name], self.m[name], self.v",
+        "gradients[name] + c.weight_decay * p, self.m[name], self.v",
     ),
     Fault(
         "eps inside the square root", ONE_DEVICE, "optimizer.py",
@@ -146,7 +176,7 @@ FAULTS = [
     ),
     Fault(
         "the learning rate is frozen when the step is compiled", ONE_DEVICE, "optimizer.py",
-        "correction2 = rates[0]", "correction2 = learning_rate(1, c)",
+        "rate = rates[RATES[self.groups[name].rate]]", "rate = learning_rate(1, c)",
     ),
     Fault("clipping also stretches", ONE_DEVICE, "optimizer.py", ".minimum(1.0)", ""),
     Fault(
@@ -155,7 +185,35 @@ FAULTS = [
     ),
     Fault(
         "the cosine ends at zero", ONE_DEVICE, "optimizer.py",
-        "return config.final_lr + cosine", "return cosine",
+        "return lowest + cosine", "return cosine",
+    ),
+    Fault(
+        "the linear decay takes as long as the whole run", RATES, "optimizer.py",
+        "left / c.linear_iters", "left / c.decay_iters",
+    ),
+    Fault(
+        "the embedding has the other parameters' learning rate", MUON, "optimizer.py",
+        '"wte": "embedding_lr"', '"wte": "learning_rate"',
+    ),
+    Fault(
+        "Muon does not look a step ahead", MUON, "optimizer.py",
+        "ahead = g + c.momentum * m", "ahead = m * 1.0",
+    ),
+    Fault(
+        "Muon's updates of tall matrices are too small", MUON, "optimizer.py",
+        "math.sqrt(max(1.0, ", "math.sqrt(min(1.0, ",
+    ),
+    Fault(
+        "Muon takes queries, keys and values for one matrix", MUON, "optimizer.py",
+        "3 if name.endswith", "1 if name.endswith",
+    ),
+    Fault(
+        "a step of Newton and Schulz is left out", ORTHOGONALIZE, "optimizer.py",
+        "NEWTON_SCHULZ_STEPS = 5", "NEWTON_SCHULZ_STEPS = 4",
+    ),
+    Fault(
+        "two cores update the first core's matrices", MUON_ON_TWO_CORES, "parallel.py",
+        "cores)[core]", "cores)[0]",
     ),
     Fault(
         "the cores' gradients are added up, not averaged", TWO_CORES, "parallel.py",
@@ -170,6 +228,10 @@ FAULTS = [
     Fault(
         "cached generation takes every position for the first", CACHE, "model.py",
         "self.wpe.weight[position : position + 1]", "self.wpe.weight[0:1]",
+    ),
+    Fault(
+        "cached generation rotates every token as the first", MODERN_CACHE, "model.py",
+        "self.rotary[:, position : position + 1]", "self.rotary[:, 0:1]",
     ),
     Fault(
         "past block_size the first tokens are seen, not the last", CACHE, "model.py",
@@ -228,6 +290,30 @@ FAULTS = [
     Fault(
         "kernel: dropout forgets on the way back what it dropped", DROPOUT, "kernels.py",
         "mask(dy[m, n], m * outs + n)", "mask(dy[m, n], m * outs + n + 1)",
+    ),
+    Fault(
+        "kernel: rotation is not undone on the way back", PLACED, "kernels.py",
+        "sin = -sin if backward else sin", "sin = sin * 1.0",
+    ),
+    Fault(
+        "kernel: QK norm's gradient is too long", PLACED, "kernels.py",
+        "(scale * scale * along)", "(scale * along)",
+    ),
+    Fault(
+        "kernel: keys are taken for values", PLACED, "kernels.py",
+        "out[b, t, 2, h, d] = source[b, t, 2, h, d]", "out[b, t, 2, h, d] = source[b, t, 1, h, d]",
+    ),
+    Fault(
+        "kernel: RMS norm's gradient grows with x", RMS_NORM, "kernels.py",
+        "(dy[i, c] - x[i, c] * along)", "dy[i, c]",
+    ),
+    Fault(
+        "kernel: wrong slope of the soft cap", SOFTCAP, "kernels.py",
+        "1.0 - tanh * tanh", "1.0 - tanh",
+    ),
+    Fault(
+        "kernel: half of a symmetric product is missing", ORTHOGONALIZE, "kernels.py",
+        "out[m, n] = out[m.minimum(n), m.maximum(n)]", "out[m, n] = 0.0 + out[m, n]",
     ),
 ]  # fmt: skip
 

@@ -429,12 +429,14 @@ def matmul(
     out: Array,
     finish: Callable[[UOp, UOp, UOp], UOp] | None = None,
     copy_left: bool = False,
+    symmetric: bool = False,
 ) -> None:
     """Writes out[m, n] = finish(m, n, the sum over d of left(m, d) right(n, d)).
 
     In blocks that stay in the caches (Goto & van de Geijn 2008). One step of the depth after the
     other, `right` is copied into panels as wide as a tile, and tile after tile is added to out.
     Tiles that reach too far compute the last row or column more than once; it comes out the same.
+    Of a symmetric product only the tiles are computed that hold a part of the upper triangle.
     """
     tile, (rows, columns, depth) = register_tile(), size
     steps, tiles, n_panels = (
@@ -460,7 +462,14 @@ def matmul(
             if copy_left or not left.along_depth:
                 rows_of_block = rows_of_block.copied(k, block, step)
             tiles_here = (tiles - b * tiles_per_block).minimum(tiles_per_block)
-            with k.loop(n_panels) as p, k.loop(tiles_here) as t:
+
+            def count(p: UOp) -> UOp:
+                if not symmetric:
+                    return tiles_here
+                reached = (p * tile.columns + tile.columns - 1) // tile.rows + 1
+                return (reached - b * tiles_per_block).maximum(0).minimum(tiles_here)
+
+            with k.loop(n_panels) as p, k.loop(count(p)) as t:
 
                 def place(m: UOp, n: UOp) -> tuple[UOp, UOp]:
                     row, column = b * block + t * tile.rows + m, p * tile.columns + n
@@ -477,6 +486,9 @@ def matmul(
                     if finish:
                         value = s.eq(steps - 1).where(finish(*place(m, n), value), value)
                     out[place(m, n)] = value
+    if symmetric and rows > 1:
+        with k.loop(rows) as m, k.loop(columns) as n:
+            out[m, n] = out[m.minimum(n), m.maximum(n)]
 
 
 @functools.cache
@@ -998,8 +1010,11 @@ def orthogonalize_kernel(
     with k.loop(size) as i, k.loop(length) as j:
         x[i, j] = g[j * columns + i if rows > columns else i * columns + j] / (norm + eps)
     with k.loop(steps):
-        matmul(k, (size, size, length), rows_of(x), lambda n, d: x[n, d], square)
-        matmul(k, (size,) * 3, rows_of(square), lambda n, d: square[n, d], factor, finish)
+        matmul(k, (size, size, length), rows_of(x), lambda n, d: x[n, d], square, symmetric=True)
+        matmul(
+            k, (size,) * 3, rows_of(square), lambda n, d: square[n, d], factor, finish,
+            symmetric=True,
+        )  # fmt: skip
         matmul(k, (size, length, size), rows_of(factor), lambda n, d: x[d, n], new)
         with k.loop(size) as i, k.loop(length) as j:
             x[i, j] = new[i, j]

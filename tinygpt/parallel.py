@@ -135,8 +135,7 @@ class Replica:
     def __init__(self, trainer: ParallelTrainer, config: RunConfig, core: int):
         c, self.device = config.train, f"CPU:{core}" if core else "CPU"
         cores = len(trainer.gradients)
-        with Context(DEV=self.device):  # of the model's constants
-            self.model = build_model(config.model, None)
+        self.model = build_model(config.model, None)
         self.model.use(trainer.weights.tensors(self.device))
         shape = (c.batch_size // cores, config.model.block_size)
         self.x, self.y = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
