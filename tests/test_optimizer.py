@@ -41,6 +41,7 @@ def test_norm_and_clipping() -> None:
     assert clip_coefficient(Tensor(5.0), 1.0).item() == pytest.approx(0.2, rel=1e-6)
     assert clip_coefficient(Tensor(0.5), 1.0).item() == 1.0
     assert clip_coefficient(Tensor(0.0), 1.0).item() == 1.0
+    assert clip_coefficient(Tensor([9.0]), 0.0).item() == 1.0
 
 
 def test_rates_hold_both_bias_corrections() -> None:
@@ -53,7 +54,8 @@ def test_only_matrices_decay() -> None:
     parameters = {"matrix": Tensor([[2.0]]).realize(), "vector": Tensor([2.0]).realize()}
     recipe = TrainConfig(learning_rate=0.5, warmup_iters=0, weight_decay=0.1)
     optimizer = AdamW(parameters, recipe)
-    zero = {name: Tensor.zeros(*p.shape) for name, p in parameters.items()}
-    Tensor.realize(*optimizer.schedule_step(zero, Tensor(step_rates(0, recipe))))
+    zero = {name: Tensor(np.zeros(p.shape, np.float32)) for name, p in parameters.items()}
+    rates = Tensor(step_rates(0, recipe))
+    Tensor.realize(*optimizer.schedule_step(zero, Tensor([1.0]), rates))
     assert parameters["matrix"].item() == pytest.approx(2 * (1 - 0.5 * 0.1))
     assert parameters["vector"].item() == 2.0

@@ -1,4 +1,4 @@
-"""What turns gradients into better parameters: schedule, clipping, AdamW."""
+"""What makes a step of training: its rates and seed, gradient clipping, AdamW."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tinygrad import Tensor
 
+from tinygpt import kernels
 from tinygpt.config import TrainConfig
 
 EPS = 1e-8  # AdamW's, inside float32's range after the square root
@@ -30,12 +31,19 @@ def learning_rate(iteration: int, config: TrainConfig) -> float:
 
 def global_norm(gradients: list[Tensor]) -> Tensor:
     """Euclidean length of all gradients seen as one vector, a scalar."""
-    squares = [g.square().sum() for g in gradients]
+    squares = [
+        kernels.sum_of_squares(g) if kernels.usable(g) else g.square().sum() for g in gradients
+    ]
     return Tensor.stack(*squares).sum().sqrt()
 
 
 def clip_coefficient(norm: Tensor, max_norm: float) -> Tensor:
-    """What gradients of this norm are multiplied by, so that it is max_norm at the most."""
+    """What gradients of this norm are multiplied by, so that it is max_norm at the most.
+
+    1 where max_norm is 0: nothing is clipped.
+    """
+    if max_norm == 0:
+        return Tensor.ones_like(norm)
     return (max_norm / (norm + 1e-6)).minimum(1.0)
 
 
@@ -66,17 +74,36 @@ class AdamW:
         self.m = m or {name: _zeros_like(p) for name, p in parameters.items()}
         self.v = v or {name: _zeros_like(p) for name, p in parameters.items()}
 
-    def schedule_step(self, gradients: dict[str, Tensor], rates: Tensor) -> list[Tensor]:
-        """Assigns new moments and parameters; returns the tensors to realize, all in one call."""
-        c = self.config
-        rate, correction1, correction2 = rates[0], rates[1], rates[2]
+    def schedule_step(
+        self, gradients: dict[str, Tensor], scale: Tensor, rates: Tensor
+    ) -> list[Tensor]:
+        """Assigns new moments and parameters; returns the tensors to realize, all in one call.
+
+        Args:
+            gradients: by name; all are multiplied by scale, a scalar.
+            rates: see `step_rates`.
+        """
+        changed = []
         for name, p in self.parameters.items():
-            g, m, v = gradients[name], self.m[name], self.v[name]
-            m.assign(c.beta1 * m + (1 - c.beta1) * g)
-            v.assign(c.beta2 * v + (1 - c.beta2) * g.square())
-            step = rate * (m * correction1) / ((v * correction2).sqrt() + EPS)
-            p.assign((p * (1 - rate * c.weight_decay) if name in self.decayed else p) - step)
-        return [*self.m.values(), *self.v.values(), *self.parameters.values()]
+            arrays = p, self.m[name], self.v[name], gradients[name]
+            changed += self._update(*arrays, scale, rates, name in self.decayed)
+        return changed
+
+    def _update(
+        self, p: Tensor, m: Tensor, v: Tensor, g: Tensor, scale: Tensor, rates: Tensor, decay: bool
+    ) -> list[Tensor]:
+        c = self.config
+        weight_decay = c.weight_decay if decay else 0.0
+        if kernels.usable(p):
+            betas = c.beta1, c.beta2
+            return kernels.adamw(p, m, v, g, scale, rates, betas, EPS, weight_decay)
+        rate, correction1, correction2 = rates[0], rates[1], rates[2]
+        g = g * scale
+        m.assign(c.beta1 * m + (1 - c.beta1) * g)
+        v.assign(c.beta2 * v + (1 - c.beta2) * g.square())
+        step = rate * (m * correction1) / ((v * correction2).sqrt() + EPS)
+        p.assign(p * (1 - rate * weight_decay) - step)
+        return [m, v, p]
 
 
 def step_rates(iteration: int, config: TrainConfig) -> NDArray[np.float32]:
@@ -87,6 +114,12 @@ def step_rates(iteration: int, config: TrainConfig) -> NDArray[np.float32]:
     t = iteration + 1
     corrections = [1 / (1 - config.beta1**t), 1 / (1 - config.beta2**t)]
     return np.array([learning_rate(iteration, config), *corrections], np.float32)
+
+
+def step_seed(iteration: int, config: TrainConfig, core: int = 0) -> NDArray[np.uint32]:
+    """What dropout's random choices of a step follow from on one of the cores, (1,)."""
+    rng = np.random.default_rng([config.seed, iteration, core + 1])  # 0 would be as if not there
+    return rng.integers(2**32, size=1, dtype=np.uint32)
 
 
 def moments_by_name(m: dict[str, Tensor], v: dict[str, Tensor]) -> dict[str, Tensor]:
