@@ -22,7 +22,7 @@ from tinygrad import Tensor, TinyJit, UOp
 
 from tinygpt import GPT, GPTConfig
 from tinygpt.config import TrainConfig
-from tinygpt.optimizer import AdamW, step_rates
+from tinygpt.optimizer import AdamW, step_rates, step_seed
 from tinygpt.trainer import training_step
 
 config = GPTConfig(16, 65, n_layer=1, n_head=2, n_embd=32, dropout=0.1, bias=True)
@@ -31,7 +31,8 @@ optimizer = AdamW(model.parameters(), recipe)
 tokens = np.zeros((2, 16), np.int32)
 step = training_step(model, optimizer, grad_clip=1.0)
 for i in range(3):
-    step(Tensor(tokens), Tensor(tokens), Tensor(step_rates(i, recipe)))
+    changing = step_rates(i, recipe), step_seed(i, recipe)
+    step(Tensor(tokens), Tensor(tokens), *map(Tensor, changing))
 
 caches, position = model.empty_caches(1), UOp.variable("position", 0, config.block_size - 1)
 decode = TinyJit(lambda idx, at: model.decode(idx, caches, at).realize())

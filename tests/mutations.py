@@ -121,7 +121,7 @@ FAULTS = [
     ),
     Fault(
         "no dropout on the attention weights", DROPOUT, "model.py",
-        "weights.dropout(dropout)", "weights",
+        "(drop(weights, dropout) @ v)", "(weights @ v)",
     ),
     Fault(
         "dropout after the activation, too", DROPOUT, "model.py",
@@ -163,8 +163,7 @@ FAULTS = [
     ),
     Fault(
         "weight decay goes through the moments", ONE_DEVICE, "optimizer.py",
-        "gradients[name], self.m[name], self.v",
-        "gradients[name] + c.weight_decay * p, self.m[name], self.v",
+        "        g = g * scale\n", "        g = g * scale + c.weight_decay * p\n",
     ),
     Fault(
         "eps inside the square root", ONE_DEVICE, "optimizer.py",
@@ -176,7 +175,7 @@ FAULTS = [
     ),
     Fault(
         "the learning rate is frozen when the step is compiled", ONE_DEVICE, "optimizer.py",
-        "rate = rates[RATES[self.groups[name].rate]]", "rate = learning_rate(1, c)",
+        "correction2 = rates[index]", "correction2 = learning_rate(1, c)",
     ),
     Fault("clipping also stretches", ONE_DEVICE, "optimizer.py", ".minimum(1.0)", ""),
     Fault(
@@ -217,11 +216,15 @@ FAULTS = [
     ),
     Fault(
         "the cores' gradients are added up, not averaged", TWO_CORES, "parallel.py",
-        ") / cores\n", ")\n",
+        ") / cores) for", ")) for",
     ),
     Fault(
         "each core clips by the norm of its own part", TWO_CORES, "parallel.py",
         "global_norm([norms])", "global_norm([norm])",
+    ),
+    Fault(
+        "every use of dropout drops the same", DROPOUT, "kernels.py",
+        "seed = hashed(seed + 0x9E3779B9)", "seed = hashed(seed)",
     ),
     Fault("labels are not shifted", WHOLE_RUN, "batches.py", "rows[:, 1:]", "rows[:, :-1]"),
     # Generation
@@ -286,6 +289,14 @@ FAULTS = [
     Fault(
         "kernel: only the last row of a batch trains a position", EMBEDDING, "kernels.py",
         "dwpe[t, c] += ", "dwpe[t, c] = ",
+    ),
+    Fault(
+        "kernel: the gradient is not clipped", TWO_CORES, "kernels.py",
+        "g = gradient[i] * scale[0]", "g = gradient[i]",
+    ),
+    Fault(
+        "kernel: the learning rate does not scale the decay", TWO_CORES, "kernels.py",
+        "(1.0 - rates[0] * weight_decay)", "(1.0 - weight_decay)",
     ),
     Fault(
         "kernel: dropout forgets on the way back what it dropped", DROPOUT, "kernels.py",

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tinygrad import Device, Tensor
+from tinygrad import Tensor
 
 from tinygpt import CharTokenizer, GPTConfig, InputError
 from tinygpt.checkpoint import (
@@ -40,7 +40,7 @@ def state_of(model: ModelConfig, seed: int = 0) -> dict[str, Tensor]:
     built = build_model(model, seed)
     optimizer = AdamW(built.parameters(), TrainConfig())
     moments = moments_by_name(optimizer.m, optimizer.v)
-    return training_state(built.parameters(), moments, [Device.DEFAULT], seed)
+    return training_state(built.parameters(), moments)
 
 
 def values(state: dict[str, Tensor]) -> dict[str, np.ndarray]:
@@ -178,7 +178,7 @@ import resource, signal
 from pathlib import Path
 import numpy as np
 import tinygpt
-from tinygrad import Device, Tensor
+from tinygrad import Tensor
 from tinygpt.checkpoint import save_tensors
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 w = Tensor(np.zeros(100_000, np.float32)).realize()

@@ -432,6 +432,32 @@ def test_opencl_on_a_real_device_is_left_to_tinygrad(
     assert printed(machine(fake_opencl(*kinds) + SEE_DEFAULT, DEV="")) == ["  set()"]
 
 
+WIDE = "x86_64,native,prefer-vector-width=512"
+
+
+@needs_sh
+@pytest.mark.parametrize(
+    "dev, avx512, seen",
+    [
+        ("", "1", f"CPU CPU::{WIDE} CPU (clang 19.1.7)"),
+        ("cpu", "1", f"CPU CPU::{WIDE} CPU (clang 19.1.7)"),
+        ("CPU:CLANG", "1", f"CPU:CLANG CPU:CLANG:{WIDE} CPU:CLANG (clang 19.1.7)"),
+        ("CPU", "__AVX512F__", "CPU CPU CPU (clang 19.1.7)"),
+        ("CPU:LLVM", "1", "CPU:LLVM CPU:LLVM CPU:LLVM"),
+        ("CPU::x86_64,znver3", "1", "CPU::x86_64,znver3 CPU::x86_64,znver3"),
+    ],
+)
+def test_clang_fills_the_registers_of_avx512(
+    machine: Machine, tmp_path: Path, dev: str, avx512: str, seen: str
+) -> None:
+    """... unless DEV names an architecture; the device keeps its name."""
+    make_program(tmp_path / "bin" / "clang", f"19 1 7 {avx512}")
+    if dev == "" and available_devices()[0] != "CPU":
+        pytest.skip("the CPU is not this machine's default device")
+    code = PREPARE + "print(os.environ['DEV'], repr(device.DEV), device.device_name())"
+    assert printed(machine(fake_opencl() + code, DEV=dev))[0].startswith(seen)
+
+
 @needs_sh
 def test_dev_wins_over_the_default(machine: Machine, tmp_path: Path) -> None:
     make_program(tmp_path / "bin" / "clang", "19 1 7")

@@ -10,7 +10,7 @@ from tinygrad import Context, Tensor
 from tinygpt import GPT, BigramLanguageModel, CharTokenizer, GPTConfig, Head, InputError
 from tinygpt.config import MODERN, TrainConfig
 from tinygpt.model import LanguageModel, attention, causal_mask
-from tinygpt.optimizer import AdamW, step_rates
+from tinygpt.optimizer import AdamW, step_rates, step_seed
 from tinygpt.sampling import sample_tokens
 from tinygpt.trainer import training_step
 
@@ -249,7 +249,8 @@ def test_one_batch_can_be_learned_by_heart() -> None:
     optimizer = AdamW(model.parameters(), recipe)
     step = training_step(model, optimizer, recipe.grad_clip)
     for i in range(recipe.max_iters):
-        loss = step(Tensor(ids[None, :40]), Tensor(ids[None, 1:41]), Tensor(step_rates(i, recipe)))
+        changing = step_rates(i, recipe), step_seed(i, recipe)
+        loss = step(Tensor(ids[None, :40]), Tensor(ids[None, 1:41]), *map(Tensor, changing))
     assert loss.item() < 0.05
     start = Tensor(np.array([tokenizer.encode("To be, or")], np.int32))
     assert tokenizer.decode(model.generate(start, 31, temperature=0).numpy()[0]) == text[:40]

@@ -69,6 +69,7 @@ def test_norm_and_clipping() -> None:
     assert clip_coefficient(Tensor(5.0), 1.0).item() == pytest.approx(0.2, rel=1e-6)
     assert clip_coefficient(Tensor(0.5), 1.0).item() == 1.0
     assert clip_coefficient(Tensor(0.0), 1.0).item() == 1.0
+    assert clip_coefficient(Tensor([9.0]), 0.0).item() == 1.0
 
 
 def test_rates_hold_both_bias_corrections() -> None:
@@ -91,8 +92,9 @@ def test_only_matrices_decay() -> None:
     parameters = {"matrix": Tensor([[2.0]]).realize(), "vector": Tensor([2.0]).realize()}
     recipe = TrainConfig(learning_rate=0.5, warmup_iters=0, weight_decay=0.1)
     optimizer = AdamW(parameters, recipe)
-    zero = {name: Tensor.zeros(*p.shape) for name, p in parameters.items()}
-    Tensor.realize(*optimizer.schedule_step(zero, Tensor(step_rates(0, recipe))))
+    zero = {name: Tensor(np.zeros(p.shape, np.float32)) for name, p in parameters.items()}
+    rates = Tensor(step_rates(0, recipe))
+    Tensor.realize(*optimizer.schedule_step(zero, Tensor([1.0]), rates))
     assert parameters["matrix"].item() == pytest.approx(2 * (1 - 0.5 * 0.1))
     assert parameters["vector"].item() == 2.0
 
@@ -125,7 +127,7 @@ def test_muon_is_tinygrads() -> None:
     for i in range(5):
         gradients = {n: rng.standard_normal(p.shape).astype(np.float32) for n, p in ours.items()}
         given = {n: Tensor(g) for n, g in gradients.items()}
-        Tensor.realize(*muon.schedule_step(given, Tensor(step_rates(i, recipe))))
+        Tensor.realize(*muon.schedule_step(given, Tensor([1.0]), Tensor(step_rates(i, recipe))))
         with Context(TRAINING=1):
             for name, p in theirs.items():
                 p.grad = Tensor(gradients[name])
@@ -144,7 +146,7 @@ def test_queries_keys_and_values_are_three_matrices() -> None:
         parameters = {name: Tensor.zeros(*g.shape).contiguous() for name, g in parts.items()}
         muon = Muon(parameters, recipe)
         given = {name: Tensor(g) for name, g in parts.items()}
-        Tensor.realize(*muon.schedule_step(given, Tensor(step_rates(0, recipe))))
+        Tensor.realize(*muon.schedule_step(given, Tensor([1.0]), Tensor(step_rates(0, recipe))))
         return [p.numpy() for p in parameters.values()]
 
     together = updates({"h.0.attn.c_attn.weight": np.concatenate(gradients)})

@@ -203,7 +203,7 @@ def test_stopped_and_resumed_is_as_if_never_stopped(folder: Path, optimizer: str
     result = train(folder, resume)
     assert result.returncode == 0, result.stderr
     stopped = load_file(folder / names[1] / "checkpoint.safetensors")
-    for name, value in straight.items():  # weights, moments, the generator of dropout
+    for name, value in straight.items():  # weights and moments
         assert (stopped[name] == value).all(), name
     rows = [
         [json.loads(line) for line in (folder / name / "metrics.jsonl").open()] for name in names

@@ -4,6 +4,10 @@ from tinygpt.device import prepare as prepare_device
 
 prepare_device()  # before anything else looks for a device
 
+from tinygpt.program_cache import install  # noqa: E402
+
+install()
+
 from tinygpt.batches import get_batch, split_tokens  # noqa: E402
 from tinygpt.config import PRESETS, BigramConfig, GPTConfig, InputError, TrainConfig  # noqa: E402
 from tinygpt.corpus import load_corpus  # noqa: E402

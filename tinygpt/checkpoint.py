@@ -115,19 +115,9 @@ def _listing(names: list[str]) -> str:
     return ", ".join(names[:3]) + more
 
 
-def training_state(
-    weights: dict[str, Tensor], moments: dict[str, Tensor], devices: list[str], seed: int
-) -> dict[str, Tensor]:
-    """All that a step changes, by name: weights, moments, each device's counter of random numbers.
-
-    Seeds tinygrad's generator, which dropout draws from.
-    """
-    Tensor.manual_seed(seed)
-    counters: dict[str, Tensor] = {}
-    for device in devices:
-        Tensor.rand(1, device=device).realize()  # makes the device's counter
-        counters[f"random.{len(counters)}"] = Tensor._device_rng_counters[device]
-    return weights | {f"optimizer.{name}": moment for name, moment in moments.items()} | counters
+def training_state(weights: dict[str, Tensor], moments: dict[str, Tensor]) -> dict[str, Tensor]:
+    """All that a step changes, by name: weights and moments."""
+    return weights | {f"optimizer.{name}": moment for name, moment in moments.items()}
 
 
 def save_state(folder: Path, state: dict[str, Tensor], progress: Progress) -> None:
@@ -150,7 +140,7 @@ def load_state(folder: Path, state: dict[str, Tensor]) -> Progress:
 
 
 def _weights(state: dict[str, T]) -> dict[str, T]:
-    return {n: t for n, t in state.items() if not n.startswith(("optimizer.", "random."))}
+    return {n: t for n, t in state.items() if not n.startswith("optimizer.")}
 
 
 def start_run(folder: Path, config: RunConfig, tokenizer: Tokenizer, progress: Progress) -> None:

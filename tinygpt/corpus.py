@@ -27,16 +27,16 @@ from dataclasses import dataclass
 from hashlib import sha256
 from importlib import metadata
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import platformdirs
-import requests
-from requests.exceptions import ChunkedEncodingError
 from tinygrad.helpers import tqdm
-from urllib3.exceptions import HTTPError, MaxRetryError
 
 from tinygpt.config import InputError
 from tinygpt.files import replacing
+
+if TYPE_CHECKING:  # the functions that download import it: that takes a third of a second
+    import requests
 
 
 @dataclass(frozen=True)
@@ -239,6 +239,10 @@ class _Download:
         """Fill `body` with the whole text; raise InputError if that is not possible."""
         if os.environ.get("TINYGPT_OFFLINE", "0") not in ("", "0"):
             raise InputError(f"TINYGPT_OFFLINE is set and {self.url} is not in the cache")
+        import requests
+        from requests.exceptions import ChunkedEncodingError
+        from urllib3.exceptions import HTTPError, MaxRetryError
+
         _say(f"downloading {self.url}")
         tries_left, pause = self.patience.tries, self.patience.pause
         while True:
@@ -259,6 +263,8 @@ class _Download:
 
     def _request(self) -> requests.Response:
         """Ask for the text, or for the rest of it; return when the answer begins."""
+        import requests
+
         headers = {"Accept-Encoding": "identity"}
         if self.etag or (self.is_known and self.body.tell()):
             headers["Range"] = f"bytes={self.body.tell()}-"
@@ -283,6 +289,8 @@ class _Download:
 
     def _check(self, response: requests.Response) -> None:
         """See that the text comes: the rest of `body`, or all of it into an empty one."""
+        import requests
+
         status, headers = response.status_code, response.headers
         etag, span = headers.get("ETag", ""), headers.get("Content-Range")
         answer = f"the server answers {status} {response.reason}"
@@ -306,6 +314,8 @@ class _Download:
             self.etag = etag
 
     def _receive(self, response: requests.Response) -> None:
+        import requests
+
         with tqdm[None](total=self.total, unit="B", unit_scale=True, disable=None) as bar:
             bar.update(self.body.tell())
             for piece in response.iter_content(1 << 14):  # a lost connection loses less than this

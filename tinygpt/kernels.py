@@ -242,17 +242,21 @@ def call(
     program: Program,
     inputs: Sequence[Tensor],
     backward: Backward | None = None,
+    into: Sequence[Tensor] = (),
 ) -> list[Tensor]:
-    """Runs a kernel; its outputs are new tensors.
+    """Runs a kernel; its outputs are new tensors, or `into`, which it then changes in place.
 
     backward(gradient of the first output, outputs, inputs) -> the gradients of the inputs.
     """
     takes = [shape is None for shape in program.arguments]
-    given = iter(inputs)
-    arguments = [
-        next(given) if shape is None else Tensor.empty(*shape, device=inputs[0].device)
-        for shape in program.arguments
-    ]
+    given, targets = iter(inputs), iter(into)
+
+    def argument(shape: tuple[int, ...] | None) -> Tensor:
+        if shape is None:
+            return next(given)
+        return next(targets) if into else Tensor.empty(*shape, device=inputs[0].device)
+
+    arguments = [argument(shape) for shape in program.arguments]
 
     def gradients(gradient: UOp, call: UOp) -> tuple[UOp | None, ...]:
         assert backward is not None
@@ -384,12 +388,21 @@ class Dropout(NamedTuple):
 
 
 def mask_at(place: Numbers, seed: Numbers, p: float) -> Numbers:
-    """A hash of uint32 numbers (lowbias32, Wellons 2018), against a threshold."""
-    x = (place * 0x9E3779B9) ^ seed
+    return (hashed((place * 0x9E3779B9) ^ seed) < int(p * 2**32)).where(0.0, 1 / (1 - p))
+
+
+def hashed(x: Numbers) -> Numbers:
+    """A hash of uint32 numbers, one to one (lowbias32, Wellons 2018)."""
     x = (x ^ (x >> 16)) * 0x7FEB352D
     x = (x ^ (x >> 15)) * 0x846CA68B
-    x = x ^ (x >> 16)
-    return (x < int(p * 2**32)).where(0.0, 1 / (1 - p))
+    return x ^ (x >> 16)
+
+
+def seeds_from(seed: Tensor) -> Iterator[Tensor]:
+    """Any number of seeds that follow from this one."""
+    while True:
+        seed = hashed(seed + 0x9E3779B9).contiguous()
+        yield seed
 
 
 def masked(k: Kernel, dropout: float) -> Callable[[UOp, UOp], UOp]:
@@ -498,16 +511,12 @@ def linear_kernel(
     ins: int,
     bias: bool,
     activation: Activation | float | None,
-    residual: bool,
     dropout: float,
 ) -> Program:
-    k = Kernel(
-        f"linear_{activation}".replace(".", "_"), rows, outs, ins, bias, residual, dropout > 0
-    )
+    k = Kernel(f"linear_{activation}".replace(".", "_"), rows, outs, ins, bias, dropout > 0)
     y, x, weight = k.output(rows, outs), k.input(rows, ins), k.input(outs, ins)
     biases = k.input(outs) if bias else None
     slopes = k.output(rows, outs) if activation else None
-    residuals = k.input(rows, outs) if residual else None
     mask = masked(k, dropout)
 
     def finish(m: UOp, n: UOp, value: UOp) -> UOp:
@@ -515,8 +524,7 @@ def linear_kernel(
             value = value + biases[n]
         if activation and slopes:
             value, slopes[m, n] = activate(value, activation)
-        value = mask(value, m * outs + n)
-        return value + residuals[m, n] if residuals else value
+        return mask(value, m * outs + n)
 
     if rows < 4:  # a token at a time, as in generation: copying weights would take longest
         with k.loop(rows) as m, k.loop(outs) as n:
@@ -557,12 +565,11 @@ def linear(
     weight: Tensor,
     bias: Tensor | None = None,
     activation: Activation | float | None = None,
-    residual: Tensor | None = None,
     dropout: Dropout | None = None,
 ) -> Tensor:
-    """residual + dropout(activation(x weight^T + bias)), without those that are not given.
+    """dropout(activation(x weight^T + bias)), without those that are not given.
 
-    x (..., in), weight (out, in), bias (out,), residual (..., out) -> (..., out).
+    x (..., in), weight (out, in), bias (out,) -> (..., out).
     """
     outs, ins = (int(n) for n in weight.shape)
     rows, p = int(x.numel()) // ins, dropout.p if dropout else 0.0
@@ -577,14 +584,12 @@ def linear(
         if bias is not None:
             dz = dy * dropout.mask(rows, outs) if dropout else dy
             gradients.append((dz * slopes[0] if slopes else dz).sum(axis=0))
-        return [*gradients, *([] if residual is None else [dy]), *([None] * len(seed))]
+        return [*gradients, *([None] * len(seed))]
 
-    program = linear_kernel(rows, outs, ins, bias is not None, activation, residual is not None, p)
+    program = linear_kernel(rows, outs, ins, bias is not None, activation, p)
     inputs = [x.reshape(rows, ins), weight]
     if bias is not None:
         inputs.append(bias)
-    if residual is not None:
-        inputs.append(residual.reshape(rows, outs))
     return call(program, [*inputs, *seed], backward)[0].reshape(*x.shape[:-1], outs)
 
 
@@ -986,7 +991,76 @@ def embedding(idx: Tensor, wte: Tensor, wpe: Tensor | None = None) -> Tensor:
     return call(embedding_kernel(*size), inputs, backward)[0]
 
 
-# Muon ---------------------------------------------------------------------------------------------
+# The optimizer ------------------------------------------------------------------------------------
+# One pass each over what tinygrad passes over several times: 0.25 ms instead of 1.5, 0.7 of 3.1.
+
+CHUNK = 4096  # floats added up at a time: long float sums lose digits
+
+
+@functools.cache
+def sum_of_squares_kernel(n: int) -> Program:
+    k, chunk = Kernel("sum_of_squares", n), min(n, CHUNK)
+    total, x = k.output(1), k.input(n)
+    total[0] = 0.0
+    with k.loop(ceil_div(n, chunk)) as c:
+
+        def square(i: UOp) -> UOp:
+            value = x[(c * chunk + i).minimum(n - 1)]
+            return (c * chunk + i < n).where(value * value, 0.0)
+
+        total[0] += k.sum(chunk, square)
+    return k.finish(2 * n)
+
+
+def sum_of_squares(x: Tensor) -> Tensor:
+    """A scalar."""
+    n = int(x.numel())
+    return call(sum_of_squares_kernel(n), [x.reshape(n)])[0].reshape(())
+
+
+@functools.cache
+def adamw_kernel(
+    n: int,
+    n_rates: int,
+    rate: int,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+) -> Program:
+    k = Kernel("adamw", n, rate, weight_decay > 0)
+    p, m, v = (k.output(n) for _ in range(3))
+    gradient, scale, rates = k.input(n), k.input(1), k.input(n_rates)
+    with k.loop(n) as i:
+        g = gradient[i] * scale[0]
+        m[i] = beta1 * m[i] + (1 - beta1) * g
+        v[i] = beta2 * v[i] + (1 - beta2) * g * g
+        step = m[i] * rates[1] / ((v[i] * rates[2]).sqrt() + eps)
+        p[i] = p[i] * (1.0 - rates[rate] * weight_decay) - rates[rate] * step
+    return k.finish(14 * n)
+
+
+def adamw(
+    p: Tensor,
+    m: Tensor,
+    v: Tensor,
+    gradient: Tensor,
+    scale: Tensor,
+    rates: Tensor,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    rate: int = 0,
+) -> list[Tensor]:
+    """A step of AdamW in place; returns p, m and v, to be realized together.
+
+    The gradient is multiplied by scale, a scalar, first. rates are a learning rate, both bias
+    corrections, 1 / (1 - beta^t), and perhaps more learning rates; `rate` is the place of this one.
+    """
+    n = int(p.numel())
+    inputs = [gradient.reshape(n), scale.reshape(1), rates]
+    program = adamw_kernel(n, int(rates.numel()), rate, *betas, eps, weight_decay)
+    return call(program, inputs, into=[t.reshape(n) for t in (p, m, v)])
 
 
 @functools.cache

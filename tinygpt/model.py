@@ -14,17 +14,21 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import numpy as np
 from numpy.random import Generator
 from numpy.typing import NDArray
-from tinygrad import Tensor, TinyJit, UOp, dtypes, nn
+from tinygrad import Tensor, UOp, dtypes, nn
 from tinygrad.engine.realize import capturing
 from tinygrad.helpers import TRAINING
 
 from tinygpt import kernels
 from tinygpt.config import Activation, BigramConfig, GPTConfig, InputError, ModelConfig
+from tinygpt.launch import Launcher
 from tinygpt.sampling import Decoder, Tokens, sample_tokens
 
 INIT_STD = 0.02  # GPT-2's standard deviation for weight matrices
@@ -50,20 +54,43 @@ def linear(
     """x (..., in) @ weight (out, in) transposed + bias (out,) -> (..., out); then the activation (a
     number is a soft cap), then dropout."""
     if kernels.usable(x):
-        drop = seeded_dropout(dropout, x.device)
-        return kernels.linear(x, weight, bias, activation, dropout=drop)
+        return kernels.linear(x, weight, bias, activation, seeded_dropout(dropout, x.device))
     y = x @ weight.T
     if bias is not None:
         y = y + bias
     y = y.contiguous().contiguous_backward()
-    return (y if activation is None else activate(y, activation)).dropout(dropout)
+    return drop(y if activation is None else activate(y, activation), dropout)
+
+
+def drop(x: Tensor, p: float) -> Tensor:
+    """Dropout (Srivastava et al. 2014): in training, zeroes with probability p."""
+    dropout = seeded_dropout(p, x.device)
+    return x if dropout is None else (x * dropout.mask(*map(int, x.shape))).contiguous()
+
+
+_dropout_seeds: ContextVar[Iterator[Tensor]] = ContextVar("dropout_seeds")
+
+
+@contextmanager
+def dropout_seed(seed: Tensor) -> Iterator[None]:
+    """Inside, what dropout drops follows from the seed, (1,) uint32, on every backend alike."""
+    token = _dropout_seeds.set(kernels.seeds_from(seed))
+    try:
+        yield
+    finally:
+        _dropout_seeds.reset(token)
 
 
 def seeded_dropout(p: float, device: Any) -> kernels.Dropout | None:
-    """What `Tensor.dropout(p)` is for a kernel: None outside of training, else with a new seed."""
+    """Dropout with the next seed, outside of `dropout_seed` one of tinygrad's random numbers.
+
+    None outside of training, `Context(TRAINING=1)`.
+    """
     if not TRAINING or p == 0:
         return None
-    return kernels.Dropout(Tensor.rand(1, device=device).bitcast(dtypes.uint32), p)
+    seeds = _dropout_seeds.get(None)
+    seed = next(seeds) if seeds else Tensor.rand(1, device=device).bitcast(dtypes.uint32)
+    return kernels.Dropout(seed, p)
 
 
 def activate(x: Tensor, activation: Activation | float) -> Tensor:
@@ -129,7 +156,7 @@ def attention(
     if mask is not None:
         scores = mask.where(scores, -math.inf)
     weights = scores.softmax(axis=-1).contiguous().contiguous_backward()  # (..., T, S)
-    return (weights.dropout(dropout) @ v).contiguous().contiguous_backward()
+    return (drop(weights, dropout) @ v).contiguous().contiguous_backward()
 
 
 def causal_attention(
@@ -524,7 +551,7 @@ class GPT(LanguageModel):
 
     def _embed(self, x: Tensor) -> Tensor:
         x = rms_norm(x) if self.config.norm == "rms" else x
-        return x.dropout(self.config.dropout)
+        return drop(x, self.config.dropout)
 
     def _head(self, x: Tensor) -> Tensor:
         weight = self.wte.weight if self.config.tie_weights else self.lm_head.weight
@@ -576,13 +603,18 @@ class CachedDecoder:
         self.block_size = model.config.block_size
         self.caches = model.empty_caches(batch_size)
         self.cached = 0  # so many leading tokens are in the caches
-        self.position = UOp.variable("position", 0, self.block_size - 1)
         self.last, self.context = (
             Tensor(np.zeros((batch_size, length), np.int32)).realize()
             for length in (1, self.block_size)
         )
-        self.step = TinyJit(lambda at: model.decode(self.last, self.caches, at).realize())
-        self.window = TinyJit(lambda: model.logits(self.context)[:, -1].contiguous().realize())
+        device = str(self.last.device)
+        position = UOp.variable("position", 0, self.block_size - 1)
+        self.step = Launcher(
+            lambda at: model.decode(self.last, self.caches, at).realize(), device, (position,)
+        )
+        self.window = Launcher(
+            lambda: model.logits(self.context)[:, -1].contiguous().realize(), device
+        )
 
     def __call__(self, tokens: Tokens) -> NDArray[np.float32]:
         n_tokens = tokens.shape[1]
@@ -593,7 +625,7 @@ class CachedDecoder:
             self.cached = 0
         for i in range(self.cached, n_tokens):
             write(self.last, tokens[:, i : i + 1])
-            logits = self.step(self.position.bind(i))
+            logits = self.step(i)
         self.cached = n_tokens
         return read(logits)
 

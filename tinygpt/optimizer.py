@@ -1,4 +1,4 @@
-"""What turns gradients into better parameters: schedule, clipping, AdamW, Muon."""
+"""What makes a step of training: its rates and seed, gradient clipping, AdamW, Muon."""
 
 from __future__ import annotations
 
@@ -44,12 +44,19 @@ def learning_rate(iteration: int, config: TrainConfig, peak: float | None = None
 
 def global_norm(gradients: list[Tensor]) -> Tensor:
     """Euclidean length of all gradients seen as one vector, a scalar."""
-    squares = [g.square().sum() for g in gradients]
+    squares = [
+        kernels.sum_of_squares(g) if kernels.usable(g) else g.square().sum() for g in gradients
+    ]
     return Tensor.stack(*squares).sum().sqrt()
 
 
 def clip_coefficient(norm: Tensor, max_norm: float) -> Tensor:
-    """What gradients of this norm are multiplied by, so that it is max_norm at the most."""
+    """What gradients of this norm are multiplied by, so that it is max_norm at the most.
+
+    1 where max_norm is 0: nothing is clipped.
+    """
+    if max_norm == 0:
+        return Tensor.ones_like(norm)
     return (max_norm / (norm + 1e-6)).minimum(1.0)
 
 
@@ -99,19 +106,36 @@ class AdamW:
         self.m = m or {name: _zeros_like(p) for name, p in parameters.items()}
         self.v = v or {name: _zeros_like(p) for name, p in parameters.items()}
 
-    def schedule_step(self, gradients: dict[str, Tensor], rates: Tensor) -> list[Tensor]:
-        """Assigns new moments and parameters; returns the tensors to realize, all in one call."""
-        c = self.config
-        correction1, correction2 = rates[1], rates[2]
+    def schedule_step(
+        self, gradients: dict[str, Tensor], scale: Tensor, rates: Tensor
+    ) -> list[Tensor]:
+        """Assigns new moments and parameters; returns the tensors to realize, all in one call.
+
+        Args:
+            gradients: by name; all are multiplied by scale, a scalar.
+            rates: see `step_rates`.
+        """
+        changed = []
         for name, p in self.parameters.items():
-            g, m, v = gradients[name], self.m[name], self.v[name]
-            rate = rates[RATES[self.groups[name].rate]]
-            m.assign(c.beta1 * m + (1 - c.beta1) * g)
-            v.assign(c.beta2 * v + (1 - c.beta2) * g.square())
-            step = rate * (m * correction1) / ((v * correction2).sqrt() + EPS)
-            decays = self.groups[name].decays
-            p.assign((p * (1 - rate * c.weight_decay) if decays else p) - step)
-        return [*self.m.values(), *self.v.values(), *self.parameters.values()]
+            arrays = p, self.m[name], self.v[name], gradients[name]
+            changed += self._update(*arrays, scale, rates, self.groups[name])
+        return changed
+
+    def _update(
+        self, p: Tensor, m: Tensor, v: Tensor, g: Tensor, scale: Tensor, rates: Tensor, group: Group
+    ) -> list[Tensor]:
+        c, index = self.config, RATES[group.rate]
+        weight_decay = c.weight_decay if group.decays else 0.0
+        if kernels.usable(p):
+            betas = c.beta1, c.beta2
+            return kernels.adamw(p, m, v, g, scale, rates, betas, EPS, weight_decay, index)
+        rate, correction1, correction2 = rates[index], rates[1], rates[2]
+        g = g * scale
+        m.assign(c.beta1 * m + (1 - c.beta1) * g)
+        v.assign(c.beta2 * v + (1 - c.beta2) * g.square())
+        step = rate * (m * correction1) / ((v * correction2).sqrt() + EPS)
+        p.assign(p * (1 - rate * weight_decay) - step)
+        return [m, v, p]
 
 
 class Muon:
@@ -134,17 +158,19 @@ class Muon:
         self.parameters, self.config = parameters, config
         self.m = m or {name: _zeros_like(p) for name, p in parameters.items()}
 
-    def schedule_step(self, gradients: dict[str, Tensor], rates: Tensor) -> list[Tensor]:
-        """Assigns new momentum and parameters; returns the tensors to realize, all in one call."""
+    def schedule_step(
+        self, gradients: dict[str, Tensor], scale: Tensor, rates: Tensor
+    ) -> list[Tensor]:
+        """As AdamW's."""
         c, rate = self.config, rates[RATES["learning_rate"]]
         for name, p in self.parameters.items():
-            g, m = gradients[name], self.m[name]
+            g, m = gradients[name] * scale, self.m[name]
             m.assign(c.momentum * m + g)
             ahead = g + c.momentum * m
             parts = ahead.chunk(parts_of(name), dim=0)
-            scale = math.sqrt(max(1.0, parts[0].shape[0] / parts[0].shape[1]))
+            length = math.sqrt(max(1.0, parts[0].shape[0] / parts[0].shape[1]))
             step = Tensor.cat(*(orthogonalize(part.contiguous()) for part in parts), dim=0)
-            p.assign(p * (1 - rate * c.weight_decay) - rate * scale * step)
+            p.assign(p * (1 - rate * c.weight_decay) - rate * length * step)
         return [*self.m.values(), *self.parameters.values()]
 
 
@@ -198,9 +224,12 @@ class Optimizer:
         )
         self.m, self.v = self.adamw.m | self.muon.m, self.adamw.v
 
-    def schedule_step(self, gradients: dict[str, Tensor], rates: Tensor) -> list[Tensor]:
-        """Assigns new moments and parameters; returns the tensors to realize, all in one call."""
-        return [o for each in (self.muon, self.adamw) for o in each.schedule_step(gradients, rates)]
+    def schedule_step(
+        self, gradients: dict[str, Tensor], scale: Tensor, rates: Tensor
+    ) -> list[Tensor]:
+        """As AdamW's."""
+        given = gradients, scale, rates
+        return [*self.muon.schedule_step(*given), *self.adamw.schedule_step(*given)]
 
 
 def step_rates(iteration: int, config: TrainConfig) -> NDArray[np.float32]:
@@ -213,6 +242,12 @@ def step_rates(iteration: int, config: TrainConfig) -> NDArray[np.float32]:
     corrections = [1 / (1 - c.beta1**t), 1 / (1 - c.beta2**t)]
     first, *others = (learning_rate(iteration, c, getattr(c, name)) for name in RATES)
     return np.array([first, *corrections, *others], np.float32)
+
+
+def step_seed(iteration: int, config: TrainConfig, core: int = 0) -> NDArray[np.uint32]:
+    """What dropout's random choices of a step follow from on one of the cores, (1,)."""
+    rng = np.random.default_rng([config.seed, iteration, core + 1])  # 0 would be as if not there
+    return rng.integers(2**32, size=1, dtype=np.uint32)
 
 
 def moments_by_name(m: dict[str, Tensor], v: dict[str, Tensor]) -> dict[str, Tensor]:

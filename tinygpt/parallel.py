@@ -12,21 +12,18 @@ depends on the number of cores, but not on their timing.
 
 from __future__ import annotations
 
-import ctypes
 import math
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from tinygrad import Context, Tensor, TinyJit, dtypes
-from tinygrad.engine.realize import get_runtime, resolve_params
-from tinygrad.uop.ops import Ops
+from tinygrad import Context, Tensor, dtypes
 
 from tinygpt.checkpoint import training_state
 from tinygpt.config import RunConfig
-from tinygpt.model import build_model, cross_entropy
+from tinygpt.launch import Launcher
+from tinygpt.model import build_model, cross_entropy, dropout_seed, write
 from tinygpt.optimizer import (
     Group,
     Optimizer,
@@ -36,6 +33,7 @@ from tinygpt.optimizer import (
     moments_by_name,
     orthogonalize_cost,
     step_rates,
+    step_seed,
 )
 from tinygpt.sampling import Tokens
 
@@ -70,7 +68,8 @@ class Memory:
 
 def on_device(array: NDArray[Any], device: str) -> Tensor:
     """A tensor on a CPU device over the memory of `array`, which must outlive it."""
-    dtype = {"float32": dtypes.float, "int32": dtypes.int}[str(array.dtype)]
+    known = {"float32": dtypes.float, "int32": dtypes.int, "uint32": dtypes.uint32}
+    dtype = known[str(array.dtype)]
     return Tensor.from_blob(array.ctypes.data, array.shape, dtype=dtype, device=device)
 
 
@@ -84,8 +83,8 @@ class ParallelTrainer:
         by_group = sorted(initial, key=lambda name: self.groups[name], reverse=True)
         shapes = {name: tuple(map(int, initial[name].shape)) for name in by_group}
         self.weights, self.m, self.v = (Memory(shapes) for _ in range(3))
-        for name, tensor in self.weights.tensors("CPU").items():
-            tensor.assign(initial[name]).realize()
+        for name, tensor in initial.items():
+            write(self.weights.tensor(name, "CPU"), tensor.numpy())
         self.gradients = [Memory(shapes) for _ in range(cores)]
         self.rates, self.norms = step_rates(0, c), np.zeros(cores, np.float32)
         self.replicas = [Replica(self, config, core) for core in range(cores)]
@@ -94,14 +93,15 @@ class ParallelTrainer:
         inner = {name for name, group in self.groups.items() if group.orthogonalized}
         v = {name: v for name, v in self.v.tensors("CPU").items() if name not in inner}
         moments = moments_by_name(self.m.tensors("CPU"), v)
-        self.state = training_state(self.model.parameters(), moments, self.devices, c.seed)
+        self.state = training_state(self.model.parameters(), moments)
         self.pool = ThreadPoolExecutor(cores)
 
     def step(self, x: Tokens, y: Tokens, iteration: int) -> None:
         self._feed(x, y)
         self.rates[:] = step_rates(iteration, self.config)
-        clipping = ["norm"] if self.config.grad_clip > 0 else []
-        for phase in ("gradients", *clipping, "update"):  # each needs what all cores did before
+        for core, replica in enumerate(self.replicas):
+            replica.seed[:] = step_seed(iteration, self.config, core)
+        for phase in ("gradients", "average", "update"):  # each needs what all cores did before
             self._run(phase)
 
     def train_loss(self) -> float:
@@ -119,12 +119,13 @@ class ParallelTrainer:
 
     def _run(self, phase: str) -> None:
         """Runs a phase on every core and waits; compiles it first, for one core after the other."""
-        if phase not in self.replicas[0].launch:
-            for replica in self.replicas:
-                replica.run_first(phase)
+        launchers = [replica.phases[phase] for replica in self.replicas]
+        if not all(launcher.calls for launcher in launchers):
+            for launcher in launchers:
+                launcher()
             return
-        waiting = [self.pool.submit(replica.launch[phase]) for replica in self.replicas[1:]]
-        self.replicas[0].launch[phase]()
+        waiting = [self.pool.submit(launcher) for launcher in launchers[1:]]
+        launchers[0]()
         for future in waiting:
             future.result()
 
@@ -139,15 +140,16 @@ class Replica:
         self.model.use(trainer.weights.tensors(self.device))
         shape = (c.batch_size // cores, config.model.block_size)
         self.x, self.y = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
-        self.loss = np.zeros(1, np.float32)
+        self.loss, self.seed = np.zeros(1, np.float32), np.zeros(1, np.uint32)
         x, y = on_device(self.x, self.device), on_device(self.y, self.device)
-        loss = on_device(self.loss, self.device)
+        loss, seed = on_device(self.loss, self.device), on_device(self.seed, self.device)
         parameters = self.model.parameters()
         gradients = trainer.gradients[core].tensors(self.device)
 
         @Context(TRAINING=1)
         def compute_gradients() -> None:
-            value = self.model(x, y)[1]
+            with dropout_seed(seed):
+                value = self.model(x, y)[1]
             assert value is not None
             new = value.gradient(*parameters.values())
             stores = [gradients[n].assign(g) for n, g in zip(parameters, new, strict=True)]
@@ -170,37 +172,25 @@ class Replica:
         norms, rates = on_device(trainer.norms, self.device), on_device(trainer.rates, self.device)
         norm = on_device(trainer.norms[core : core + 1], self.device)
 
-        def mean_gradients() -> dict[str, Tensor]:
-            return {
-                name: sum((g[name] for g in all_gradients[1:]), all_gradients[0][name]) / cores
-                for name in own
-            }
-
-        def compute_norm() -> None:
-            length = global_norm(list(mean_gradients().values()))
-            norm.assign(length.reshape(1)).realize()
+        def average() -> None:
+            mean, *others = all_gradients  # the first core's becomes the mean
+            if others:
+                Tensor.realize(
+                    *(mean[n].assign((mean[n] + sum(g[n] for g in others)) / cores) for n in own)
+                )
+            norm.assign(global_norm(list(mean.values())).reshape(1)).realize()
 
         def update() -> None:
-            gradients = mean_gradients()
-            if c.grad_clip > 0:
-                coefficient = clip_coefficient(global_norm([norms]), c.grad_clip)
-                gradients = {name: g * coefficient for name, g in gradients.items()}
-            Tensor.realize(*optimizer.schedule_step(gradients, rates))
+            scale = clip_coefficient(global_norm([norms]), c.grad_clip).contiguous()
+            Tensor.realize(*optimizer.schedule_step(all_gradients[0], scale, rates))
 
-        self.functions = {
+        phases = {
             "gradients": compute_gradients,
-            "norm": compute_norm,
+            "average": average,
             "update": update,
             "evaluation": evaluate,
         }
-        self.launch: dict[str, Callable[[], None]] = {}
-
-    def run_first(self, phase: str) -> None:
-        """Runs a phase once, and captures it meanwhile."""
-        jit = TinyJit(self.functions[phase])
-        jit.cnt = 1  # capture now: there is nothing to realize in a run before, all is in memory
-        jit()
-        self.launch[phase] = launcher(jit)
+        self.phases = {name: Launcher(phase, self.device) for name, phase in phases.items()}
 
 
 Spans = dict[Group, tuple[int, int]]
@@ -233,32 +223,3 @@ def shares(memory: Memory, groups: dict[str, Group], cores: int) -> list[tuple[S
         }
         found.append(({g: s for g, s in spans.items() if s[0] < s[1]}, own))
     return found
-
-
-def launcher(jit: Any) -> Callable[[], None]:
-    """What a captured TinyJit without inputs does, without its work in Python for each call.
-
-    A step of a small model is a hundred kernels of a tenth of a millisecond; TinyJit takes a third
-    of that time again to look up each kernel's buffers, which never change here.
-    """
-    calls = []
-    for call in jit.captured.linear.src:
-        program, device = call.src[0], call.src[1].device
-        assert program.op is Ops.PROGRAM, program.op
-        runtime = get_runtime(device, program)
-        buffers: list[Any] = [b.buffer for b in resolve_params(call, ())]
-        addresses = [
-            buffers[i].ensure_allocated().get_buf(device).va_addr for i in program.arg.globals
-        ]
-        for core in range(program.arg.global_size[0]):  # a kernel that tinygrad has cut in parts
-            arguments = [*addresses, *program.arg.vals({})]
-            if "core_id" in runtime.runtimevars:
-                arguments[runtime.runtimevars["core_id"]] = core
-            calls.append((runtime.fxn, [ctypes.c_uint64(a) for a in arguments]))
-
-    def launch() -> None:
-        for function, arguments in calls:
-            function(*arguments)
-
-    launch.captured = jit  # type: ignore[attr-defined]  # its buffers live as long as this
-    return launch

@@ -14,7 +14,7 @@ from tinygrad.helpers import tqdm
 from tinygpt.batches import evaluation_batches, sample_blocks
 from tinygpt.checkpoint import training_state
 from tinygpt.config import InputError, RunConfig
-from tinygpt.model import LanguageModel, build_model, cross_entropy
+from tinygpt.model import LanguageModel, build_model, cross_entropy, dropout_seed
 from tinygpt.optimizer import (
     AdamW,
     Optimizer,
@@ -22,6 +22,7 @@ from tinygpt.optimizer import (
     global_norm,
     moments_by_name,
     step_rates,
+    step_seed,
 )
 from tinygpt.parallel import ParallelTrainer
 from tinygpt.sampling import Tokens
@@ -47,15 +48,13 @@ class OneDevice:
         self.model = build_model(config.model, config.train.seed)
         self.optimizer = Optimizer(self.model.parameters(), config.train)
         moments = moments_by_name(self.optimizer.m, self.optimizer.v)
-        self.state = training_state(
-            self.model.parameters(), moments, self.devices, config.train.seed
-        )
+        self.state = training_state(self.model.parameters(), moments)
         self.compiled_step = training_step(self.model, self.optimizer, config.train.grad_clip)
         self.compiled_loss = TinyJit(lambda x, y: cross_entropy(self.model.logits(x), y).realize())
 
     def step(self, x: Tokens, y: Tokens, iteration: int) -> None:
-        rates = Tensor(step_rates(iteration, self.config))
-        self.loss = self.compiled_step(Tensor(x), Tensor(y), rates)
+        changing = step_rates(iteration, self.config), step_seed(iteration, self.config)
+        self.loss = self.compiled_step(Tensor(x), Tensor(y), *map(Tensor, changing))
 
     def train_loss(self) -> float:
         return self.loss.item()
@@ -66,20 +65,22 @@ class OneDevice:
 
 def training_step(
     model: LanguageModel, optimizer: Optimizer | AdamW, grad_clip: float
-) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """A step of training as a compiled function from x, y (B, T) and rates (5,) to the loss."""
+) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    """A step of training as a compiled function to the loss.
+
+    Its arguments are x and y (B, T), `step_rates` (5,) and `step_seed` (1,).
+    """
     names, parameters = zip(*model.parameters().items(), strict=True)
 
     @TinyJit
     @Context(TRAINING=1)  # dropout is on
-    def step(x: Tensor, y: Tensor, rates: Tensor) -> Tensor:
-        _, loss = model(x, y)
+    def step(x: Tensor, y: Tensor, rates: Tensor, seed: Tensor) -> Tensor:
+        with dropout_seed(seed):
+            _, loss = model(x, y)
         assert loss is not None
         gradients = [g.contiguous() for g in loss.gradient(*parameters)]
-        if grad_clip > 0:
-            coefficient = clip_coefficient(global_norm(gradients), grad_clip).contiguous()
-            gradients = [g * coefficient for g in gradients]
-        updated = optimizer.schedule_step(dict(zip(names, gradients, strict=True)), rates)
+        scale = clip_coefficient(global_norm(gradients), grad_clip).contiguous()
+        updated = optimizer.schedule_step(dict(zip(names, gradients, strict=True)), scale, rates)
         return loss.realize(*updated)
 
     return step

@@ -1,22 +1,22 @@
-"""Dropout at GPT-2's places, with masks that are known: given, or made from a given seed."""
+"""Dropout at GPT-2's places, with masks that follow from a seed on every backend alike."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
 import pytest
-from tinygrad import Tensor, dtypes
-from tinygrad.helpers import TRAINING
+from numpy.typing import NDArray
+from tinygrad import Tensor
 
 from tests import reference as ref
-from tinygpt import kernels, model
-from tinygpt.config import TrainConfig
+from tinygpt.config import GPTConfig, TrainConfig
 from tinygpt.optimizer import AdamW, step_rates
 from tinygpt.trainer import training_step
 
 from .compare import assert_close
-from .models import MODERN, TINY, B, T, as_float32, build, options, random_batch, tokens
+from .models import MODERN, TINY, B, T, build, options, random_batch, tokens
 
 P = 0.25
 CONFIGS = {
@@ -26,46 +26,47 @@ CONFIGS = {
 IDX, TARGETS = random_batch(seed=1)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-def test_known_masks(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A training step in which each use of dropout, in the order of the data, has the next mask.
+def hashed(x: NDArray[np.uint32]) -> NDArray[np.uint32]:
+    """lowbias32, by Chris Wellons; numpy's uint32 arrays wrap around as the hash wants."""
+    x = (x ^ (x >> np.uint32(16))) * np.uint32(0x7FEB352D)
+    x = (x ^ (x >> np.uint32(15))) * np.uint32(0x846CA68B)
+    return x ^ (x >> np.uint32(16))
 
-    Plain Tensor code asks `Tensor.dropout` and gets the mask; a kernel gets a seed, and the mask
-    is what this seed means. The first moment is the gradient, times 1 - beta1, after one step.
-    """
-    config = CONFIGS[name]
-    drawn = ref.random_masks(
-        np.random.default_rng(2), P, config.n_layer, config.n_head, config.n_embd, B, T
+
+GOLDEN = np.uint32(0x9E3779B9)  # 2^32 divided by the golden ratio
+
+
+def masks_from(seed: int, config: GPTConfig) -> Iterator[ref.Array]:
+    """The masks of one step, in the order of the data."""
+    on_weights = [(B, config.n_head, T, T)] if config.attention_dropout else []
+    shapes: list[tuple[int, ...]] = [(B, T, config.n_embd)]
+    for _ in range(config.n_layer):
+        shapes += [*on_weights, (B, T, config.n_embd), (B, T, config.n_embd)]
+    state = np.array([seed], np.uint32)
+    for shape in shapes:
+        state = hashed(state + GOLDEN)
+        places = np.arange(np.prod(shape), dtype=np.uint32) * GOLDEN
+        keep = hashed(places ^ state) >= P * 2**32
+        yield keep.reshape(shape) / (1 - P)
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_a_training_step(kind: str) -> None:
+    """The first moment is the gradient, times 1 - beta1, after one step."""
+    seed, config = 12345, CONFIGS[kind]
+    names = ref.random_masks(
+        np.random.default_rng(0), P, config.n_layer, config.n_head, config.n_embd, B, T
     )
-    masks = {name: as_float32(mask) for name, mask in drawn.items()}
-    if config.attention_dropout == 0:
-        masks = {name: mask for name, mask in masks.items() if "weights" not in name}
-    waiting = iter(masks)
-
-    def given_dropout(x: Tensor, p: float = 0.5) -> Tensor:
-        if p == 0:
-            return x
-        name = next(waiting)
-        assert (x.shape, p, TRAINING.value) == (masks[name].shape, P, 1), name
-        return x * Tensor(masks[name].astype(np.float32))
-
-    def given_seed(p: float, device: str) -> kernels.Dropout | None:
-        if p == 0:
-            return None
-        name = next(waiting)
-        assert (p, TRAINING.value) == (P, 1), name
-        dropout = kernels.Dropout(Tensor([len(name)], dtype=dtypes.uint32), p)
-        masks[name] = dropout.mask(*masks[name].shape).numpy().astype(np.float64)
-        return dropout
-
-    monkeypatch.setattr(Tensor, "dropout", given_dropout)
-    monkeypatch.setattr(model, "seeded_dropout", given_seed)
+    if not config.attention_dropout:
+        names = {name: mask for name, mask in names.items() if "weights" not in name}
+    masks = dict(zip(names, masks_from(seed, config), strict=True))
+    assert all(mask.shape == names[name].shape for name, mask in masks.items())
     gpt, p = build(config)
     recipe = TrainConfig(beta1=0.5, grad_clip=0)
     optimizer = AdamW(gpt.parameters(), recipe)
     step = training_step(gpt, optimizer, recipe.grad_clip)
-    loss = step(tokens(IDX), tokens(TARGETS), Tensor(step_rates(0, recipe)))
-    assert next(waiting, None) is None, "a mask was not asked for"
+    changing = Tensor(step_rates(0, recipe)), Tensor(np.array([seed], np.uint32))
+    loss = step(tokens(IDX), tokens(TARGETS), *changing)
 
     given = p, IDX, TARGETS, config.n_head
     _, expected = ref.gpt(*given, masks=masks, **options(config))
