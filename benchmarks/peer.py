@@ -22,12 +22,16 @@ class Block(nn.Module):
         self.c_fc = nn.Linear(c.n_embd, 4 * c.n_embd, bias=c.bias)
         self.mlp_proj = nn.Linear(4 * c.n_embd, c.n_embd, bias=c.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, past: list[Tensor] | None = None) -> Tensor:
+        """past: the keys and values of the tokens before, to which this token's are added."""
         B, T, C = x.shape
         qkv = self.c_attn(self.ln_1(x)).view(B, T, 3, self.n_head, C // self.n_head)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
-        dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
+        if past is not None:
+            k, v = (torch.cat([old, new], dim=2) for old, new in zip(past, (k, v), strict=True))
+            past[:] = k, v
+        dropout, causal = self.dropout if self.training else 0.0, past is None
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=causal)
         y = self.attn_proj(y.transpose(1, 2).reshape(B, T, C))
         x = x + F.dropout(y, self.dropout, self.training)
         hidden = F.gelu(self.c_fc(self.ln_2(x)), approximate=self.approximate)
@@ -51,6 +55,17 @@ class PeerGPT(nn.Module):
         x = F.dropout(x, self.config.dropout, self.training)
         for block in self.h:
             x = block(x)
+        return F.linear(self.ln_f(x), self.wte.weight)
+
+    def decode(self, idx: Tensor, pasts: list[list[Tensor]], position: int) -> Tensor:
+        """One token (B, 1) at `position`; pasts, one per block, are empty at position 0."""
+        c = self.config
+        if position == 0:
+            empty = torch.empty(idx.shape[0], c.n_head, 0, c.n_embd // c.n_head)
+            pasts[:] = [[empty, empty] for _ in self.h]
+        x = self.wte(idx) + self.wpe.weight[position]
+        for block, past in zip(self.h, pasts, strict=True):
+            x = block(x, past)
         return F.linear(self.ln_f(x), self.wte.weight)
 
     def loss(self, idx: Tensor, targets: Tensor) -> Tensor:

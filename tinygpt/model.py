@@ -543,11 +543,19 @@ class GPT(LanguageModel):
         return load_pretrained(source)[0]
 
     def logits(self, idx: Tensor) -> Tensor:
+        return self._head(self._stream(idx))
+
+    def last_logits(self, idx: Tensor) -> Tensor:
+        """Those of the token that follows idx (B, T), (B, V): the others are not computed."""
+        return self._head(self._stream(idx)[:, -1:].contiguous())[:, 0]
+
+    def _stream(self, idx: Tensor) -> Tensor:
+        """The residual stream behind the last block, (B, T, C)."""
         wpe = self.wpe.weight if self.rotary is None else None
         x = self._embed(embedding(idx, self.wte.weight, wpe))  # (B, T, C)
         for block in self.h:
             x = block(x, self.rotary)
-        return self._head(x)
+        return x
 
     def _embed(self, x: Tensor) -> Tensor:
         x = rms_norm(x) if self.config.norm == "rms" else x
@@ -613,7 +621,7 @@ class CachedDecoder:
             lambda at: model.decode(self.last, self.caches, at).realize(), device, (position,)
         )
         self.window = Launcher(
-            lambda: model.logits(self.context)[:, -1].contiguous().realize(), device
+            lambda: model.last_logits(self.context).contiguous().realize(), device
         )
 
     def __call__(self, tokens: Tokens) -> NDArray[np.float32]:

@@ -74,7 +74,9 @@ def on_device(array: NDArray[Any], device: str) -> Tensor:
 
 
 class ParallelTrainer:
-    """A `train.Trainer` on `cores` CPU cores, each of which gets an equal part of every batch."""
+    """A `trainer.Trainer` on `cores` CPU cores, which get equal parts of every batch."""
+
+    PHASES = "gradients", "average", "update"  # of a step; each needs what all cores did before
 
     def __init__(self, config: RunConfig, cores: int):
         c, self.model = config.train, build_model(config.model, config.train.seed)
@@ -101,7 +103,7 @@ class ParallelTrainer:
         self.rates[:] = step_rates(iteration, self.config)
         for core, replica in enumerate(self.replicas):
             replica.seed[:] = step_seed(iteration, self.config, core)
-        for phase in ("gradients", "average", "update"):  # each needs what all cores did before
+        for phase in self.PHASES:
             self._run(phase)
 
     def train_loss(self) -> float:

@@ -37,6 +37,7 @@ from tinygpt.interop import load_pretrained
 from tinygpt.model import LanguageModel
 from tinygpt.optimizer import learning_rate
 from tinygpt.prepare import load_tokens
+from tinygpt.profile import profile
 from tinygpt.report import plot_loss
 from tinygpt.tokenizer import (
     CharTokenizer,
@@ -328,11 +329,14 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, dict[st
     parser.add_argument(
         "--overwrite", action="store_true", help="replace the run that out-dir holds"
     )
+    parser.add_argument(
+        "--profile", action="store_true", help="only show where the time of one step goes (CPU)"
+    )
     add_flags(parser, "the training recipe", TrainConfig)
     add_flags(parser, "the model", GPTConfig, "vocab_size")
     args = parser.parse_args(argv)
     flags = dict(vars(args))
-    for name in ("preset", "device", "resume", "overwrite"):
+    for name in ("preset", "device", "resume", "overwrite", "profile"):
         del flags[name]
     return args, flags
 
@@ -342,7 +346,7 @@ def main(argv: list[str] | None = None) -> int:
     preset = args.preset or ("finetune" if "init_from" in flags else "micro")
     config = configure(preset, flags, args.resume)
     folder = Path(config.train.out_dir)
-    if not (args.resume or args.overwrite):
+    if not (args.resume or args.overwrite or args.profile):
         checkpoint.check_free(folder)
     select_device(args.device)
     model, pretrained = config.model, None
@@ -361,6 +365,9 @@ def main(argv: list[str] | None = None) -> int:
         model = dataclasses.replace(model, vocab_size=model_vocab_size(tokenizer))
     recipe = dataclasses.replace(config.train, tokenizer=kind)
     config = dataclasses.replace(config, model=model, train=recipe)
+    if args.profile:
+        print(profile(choose_trainer(config), config))
+        return 0
     summary = train(config, train_data, val_data, tokenizer, args.resume, pretrained)
     if "signal" in summary:
         print(f"stopped at iteration {summary['iterations']}; add --resume to the command to go on")

@@ -1,0 +1,56 @@
+"""What a core can do at the most: multiplications and additions in vector registers, no memory.
+
+The kernels' own inner loop, the tile of a matrix product, over operands that never leave the
+first-level cache. One thread per core at the same time: two hardware threads may share one core's
+arithmetic units.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+from tinygrad import Tensor
+
+from tinygpt.kernels import Kernel, Program, call, register_tile
+from tinygpt.launch import Launcher
+
+DEPTH, REPEATS = 64, 20_000
+
+
+def tile_kernel() -> Program:
+    k, tile = Kernel("roofline"), register_tile()
+    out, a, b = k.output(*tile), k.input(2, tile.rows, DEPTH), k.input(2, DEPTH, tile.columns)
+    with k.loop(REPEATS) as r:
+        sums = k.product(DEPTH, lambda m, d: a[r % 2, m, d], lambda d, n: b[r % 2, d, n])
+        with k.loop(tile.rows) as m, k.loop(tile.columns) as n:
+            out[m, n] = sums[m, n]
+    return k.finish(2 * REPEATS * DEPTH * tile.rows * tile.columns)
+
+
+def launcher(device: str) -> Launcher:
+    tile, ones = register_tile(), np.ones(2 * DEPTH, np.float32)
+    a, b = (Tensor(np.tile(ones, n), device=device).realize() for n in (tile.rows, tile.columns))
+    return Launcher(lambda: call(tile_kernel(), [a, b])[0].realize(), device)
+
+
+def peak_gflops(cores: int, rounds: int = 7) -> float:
+    """GFLOP/s of so many cores together, the median over rounds."""
+    launchers = [launcher(f"CPU:{i}" if i else "CPU") for i in range(cores)]
+    for launch in launchers:
+        launch()
+    operations = sum(launch.calls[0].operations for launch in launchers)
+    seconds = []
+    with ThreadPoolExecutor(cores) as pool:
+        for _ in range(rounds):
+            start = time.perf_counter()
+            list(pool.map(lambda launch: launch(), launchers))
+            seconds.append(time.perf_counter() - start)
+    return operations / statistics.median(seconds) / 1e9
+
+
+if __name__ == "__main__":
+    for cores in (1, 2):
+        print(f"{cores} cores: {peak_gflops(cores):.0f} GFLOP/s")
