@@ -93,11 +93,16 @@ def attention(
 
     q (..., T, D), k and v (..., S, D); mask (T, S) is True where a query may look -> (..., T, D).
     """
+    weights = attention_weights(q, k, mask)
+    return (weights.dropout(dropout) @ v).contiguous().contiguous_backward()
+
+
+def attention_weights(q: Tensor, k: Tensor, mask: Tensor | None = None) -> Tensor:
+    """How much of each value a query takes: (..., T, S), every row adds up to 1."""
     scores = (q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])).contiguous().contiguous_backward()
     if mask is not None:
         scores = mask.where(scores, -math.inf)
-    weights = scores.softmax(axis=-1).contiguous().contiguous_backward()  # (..., T, S)
-    return (weights.dropout(dropout) @ v).contiguous().contiguous_backward()
+    return scores.softmax(axis=-1).contiguous().contiguous_backward()
 
 
 def causal_attention(qkv: Tensor, n_head: int, dropout: float = 0.0) -> Tensor:
@@ -390,8 +395,7 @@ class BigramLanguageModel(LanguageModel):
         return self.wte.weight[idx]
 
     def decoder(self, batch_size: int) -> Decoder:
-        table = self.wte.weight.numpy()
-        return lambda tokens: np.asarray(table[tokens[:, -1]])
+        return lambda tokens: np.asarray(self.wte.weight.numpy()[tokens[:, -1]])
 
 
 class GPT(LanguageModel):
