@@ -35,7 +35,14 @@ from tinygpt.config import InputError, TrainConfig
 from tinygpt.corpus import load_corpus
 from tinygpt.files import replacing, write_text
 from tinygpt.interop import read_meta
-from tinygpt.tokenizer import END_OF_TEXT, CharTokenizer, GPT2Tokenizer, Tokenizer, load_tokenizer
+from tinygpt.tokenizer import (
+    END_OF_TEXT,
+    CharTokenizer,
+    GPT2Tokenizer,
+    Tokenizer,
+    load_tokenizer,
+    same_vocabulary,
+)
 
 META = "meta.json"
 PIECE = 1 << 20  # characters
@@ -202,9 +209,7 @@ def _with_bar(texts: Iterator[str], sources: list[str], name: str) -> Iterator[s
 # Reading ------------------------------------------------------------------------------------------
 
 
-def load_data(
-    config: TrainConfig, tokenizer: Tokenizer | None
-) -> tuple[Tokens, Tokens, Tokenizer]:
+def load_data(config: TrainConfig, tokenizer: Tokenizer | None) -> tuple[Tokens, Tokens, Tokenizer]:
     """The tokens to train and to validate on, and their tokenizer.
 
     Args:

@@ -39,13 +39,13 @@ from tinygpt.checkpoint import (
     read_samples,
 )
 from tinygpt.cli import run_command
-from tinygpt.config import PRESETS, GPTConfig, InputError, RunConfig, TrainConfig
+from tinygpt.config import PRESETS, InputError, RunConfig, TrainConfig
 from tinygpt.device import select_device
 from tinygpt.files import replacing, write_text
 from tinygpt.model import GPT, LanguageModel, attention_weights, causal_mask, embedding, split_heads
 from tinygpt.prepare import load_data
 from tinygpt.sampling import Tokens
-from tinygpt.tokenizer import CharTokenizer, Tokenizer
+from tinygpt.tokenizer import Tokenizer
 
 # What a page shows at most; together these keep it below a megabyte.
 MAX_ROWS = 1000  # of metrics.jsonl
@@ -60,7 +60,7 @@ COLUMNS = ("iteration", "tokens", "seconds", "train_loss", "val_loss", "learning
 TEMPLATE = Path(__file__).with_name("report.html")
 
 
-# What a model does with a text ----------------------------------------------------------------------
+# What a model does with a text --------------------------------------------------------------------
 
 
 def attention_maps(model: GPT, idx: Tensor) -> NDArray[np.float32]:
@@ -153,7 +153,9 @@ def reading_content(
         try:
             _, val_data, _ = load_data(config.train, tokenizer)
         except InputError as error:
-            return {"note": f"The run's data cannot be read now, so no text is shown here: {error}."}
+            return {
+                "note": f"The run's data cannot be read now, so no text is shown here: {error}."
+            }
     ids = np.array(val_data[:PASSAGE], np.int32)
     if len(ids) < 2 or ids.max() >= config.model.vocab_size:
         return {"note": "The run's data has changed, so no text is shown here."}
@@ -271,7 +273,7 @@ def _summary(path: Path) -> dict[str, Any] | None:
 
 def _read_text(path: Path) -> str | None:
     try:
-        return path.read_text(encoding="utf-8") if path.exists() else None
+        return path.read_bytes().decode() if path.exists() else None
     except (OSError, UnicodeDecodeError):
         raise InputError(f"{path} is damaged: it is not text") from None
 
@@ -310,7 +312,7 @@ def write_report(
     """Writes the page of the run in `folder`; the same run gives the same page.
 
     Args:
-        val_data: the run's val split; without it the data is loaded as the run's configuration says.
+        val_data: the run's val split; without it the run's data is loaded.
         path: where to, by default report.html in the run's folder.
 
     Raises:
@@ -399,7 +401,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "file that needs no network; open it in a browser.",
         epilog="examples:\n"
         "  python -m tinygpt.report                     the newest run in runs/\n"
-        "  python -m tinygpt.report runs/micro          also of a run that goes on, or was stopped\n"
+        "  python -m tinygpt.report runs/micro          also while it runs, or stopped\n"
         "  python -m tinygpt.report runs/A runs/B       curves, results and settings compared\n",
     )
     parser.add_argument(

@@ -43,7 +43,6 @@ from tinygpt.tokenizer import (
     Tokenizer,
     load_tokenizer,
     model_vocab_size,
-    same_vocabulary,
 )
 from tinygpt.trainer import choose_trainer, estimated_loss, exact_loss
 
@@ -352,8 +351,8 @@ def main(argv: list[str] | None = None) -> int:
         return 128 + int(summary["signal"])
     print(
         f"val loss {summary['val_loss']:.4f} nats per token over the whole val split, in blocks "
-        f"of {config.model.block_size}\n{folder}/ holds the run, {checkpoint.REPORT} in it shows it; "
-        "for more text:\n"
+        f"of {config.model.block_size}\n{folder}/ holds the run, {checkpoint.REPORT} in it shows "
+        "it; for more text:\n"
         f"  python -m tinygpt.generate --run {folder}"
     )
     return 0
