@@ -346,7 +346,7 @@ def _write(path: Path, text: str) -> None:
 
 def draw_pages(folder: Path, val_data: NDArray[np.integer]) -> None:
     """loss.png and report.html of a run that has ended; what cannot be drawn is said, no more."""
-    drawings = {
+    drawings: dict[str, Callable[[], object]] = {
         LOSS_PLOT: lambda: plot_loss(folder),
         REPORT: lambda: write_report(folder, val_data),
     }
