@@ -76,7 +76,8 @@ def bigram(folder: Path) -> Path:
 def test_what_a_run_leaves(bigram: Path) -> None:
     files = {path.name for path in bigram.iterdir()}
     expected = {"config.json", "tokenizer.json", "checkpoint.safetensors", "best.safetensors",
-                "metrics.jsonl", "summary.json", "sample.txt"}  # fmt: skip
+                "metrics.jsonl", "samples.jsonl", "summary.json", "report.html",
+                "sample.txt"}  # fmt: skip
     assert expected <= files <= expected | {"loss.png"}
     rows = [json.loads(line) for line in (bigram / "metrics.jsonl").read_text().splitlines()]
     assert [row["iteration"] for row in rows] == [1, *range(10, 101, 10)]

@@ -2,8 +2,9 @@
 
 A run's folder holds `config.json`, `tokenizer.json`, `checkpoint.safetensors` (the last state: all
 that is needed to go on as if nothing had happened), `best.safetensors` (the weights with the lowest
-val loss), `metrics.jsonl` and, once it has finished, `summary.json`, `loss.png` and `sample.txt`.
-Nothing is pickled; every file but the growing metrics.jsonl is written whole or not at all.
+val loss), `metrics.jsonl`, `samples.jsonl` (a short text from every evaluation) and, once it has
+finished, `summary.json`, `loss.png`, `report.html` and `sample.txt`. Nothing is pickled; every file
+but the growing metrics.jsonl is written whole or not at all.
 """
 
 from __future__ import annotations
@@ -32,10 +33,14 @@ TOKENIZER = "tokenizer.json"
 LAST = "checkpoint.safetensors"
 BEST = "best.safetensors"
 METRICS = "metrics.jsonl"
+SAMPLES = "samples.jsonl"
 SUMMARY = "summary.json"
 LOSS_PLOT = "loss.png"
+REPORT = "report.html"
 SAMPLE = "sample.txt"
-ALL_FILES = (CONFIG, TOKENIZER, LAST, BEST, METRICS, SUMMARY, LOSS_PLOT, SAMPLE)
+ALL_FILES = (
+    CONFIG, TOKENIZER, LAST, BEST, METRICS, SAMPLES, SUMMARY, LOSS_PLOT, REPORT, SAMPLE,
+)  # fmt: skip
 
 
 @dataclass
@@ -152,8 +157,8 @@ def start_run(folder: Path, config: RunConfig, tokenizer: Tokenizer, progress: P
     (folder / SUMMARY).unlink(missing_ok=True)
     write_text(folder / CONFIG, json.dumps(asdict(config), indent=2) + "\n")
     tokenizer.save(folder / TOKENIZER)
-    rows = [row for row in read_metrics(folder) if row["iteration"] <= progress.iteration]
-    write_text(folder / METRICS, "".join(json.dumps(row) + "\n" for row in rows))
+    for name, rows in ((METRICS, read_metrics(folder)), (SAMPLES, read_samples(folder))):
+        _write_rows(folder / name, [row for row in rows if row["iteration"] <= progress.iteration])
 
 
 def finish_run(folder: Path, summary: dict[str, Any], sample: str) -> None:
@@ -228,7 +233,20 @@ def append_metrics(folder: Path, row: dict[str, Any]) -> None:
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """The rows of metrics.jsonl; a last line cut short by a crash is left out."""
-    path = folder / METRICS
+    return _read_rows(folder / METRICS)
+
+
+def append_sample(folder: Path, iteration: int, text: str) -> None:
+    """Adds what the model wrote after `iteration` steps."""
+    _write_rows(folder / SAMPLES, [*read_samples(folder), {"iteration": iteration, "text": text}])
+
+
+def read_samples(folder: Path) -> list[dict[str, Any]]:
+    """The rows of samples.jsonl, `iteration` and `text`; none where a run has kept none."""
+    return _read_rows(folder / SAMPLES)
+
+
+def _read_rows(path: Path) -> list[dict[str, Any]]:
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     rows = []
     for line in lines:
@@ -237,3 +255,7 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             break
     return rows
+
+
+def _write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))

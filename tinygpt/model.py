@@ -152,11 +152,16 @@ def attention(
 
     q (..., T, D), k and v (..., S, D); mask (T, S) is True where a query may look -> (..., T, D).
     """
+    weights = attention_weights(q, k, mask)
+    return (drop(weights, dropout) @ v).contiguous().contiguous_backward()
+
+
+def attention_weights(q: Tensor, k: Tensor, mask: Tensor | None = None) -> Tensor:
+    """How much of each value a query takes: (..., T, S), every row adds up to 1."""
     scores = (q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])).contiguous().contiguous_backward()
     if mask is not None:
         scores = mask.where(scores, -math.inf)
-    weights = scores.softmax(axis=-1).contiguous().contiguous_backward()  # (..., T, S)
-    return (drop(weights, dropout) @ v).contiguous().contiguous_backward()
+    return scores.softmax(axis=-1).contiguous().contiguous_backward()
 
 
 def causal_attention(
@@ -315,16 +320,21 @@ class CausalSelfAttention:
         position: int | UOp = 0,
     ) -> Tensor:
         (B, T, C), c = x.shape, self.config
-        qkv = self.c_attn(x)  # (B, T, 3 C)
         if cache is None:
+            qkv = self.c_attn(x)  # (B, T, 3 C)
             y = causal_attention(qkv, c.n_head, c.attention_dropout, c.qk_norm, rotary)
         else:  # T is 1: the token at `position` looks at everything that the cache holds
-            q, k, v = split_heads(qkv, c.n_head)  # (B, H, 1, D) each
-            q, k = (norm_and_rotate(part, c.qk_norm, rotary) for part in (q, k))
+            q, k, v = self.heads(x, rotary)  # (B, H, 1, D) each
             cache[:, :, :, position : position + 1].assign(Tensor.stack(k, v)).realize()
             y = attention(q, cache[0, :, :, : position + 1], cache[1, :, :, : position + 1])
             y = y.transpose(1, 2).reshape(B, T, C)
         return self.c_proj(y, dropout=c.dropout)
+
+    def heads(self, x: Tensor, rotary: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of x (B, T, C), as they meet: (B, H, T, D) each."""
+        c = self.config
+        q, k, v = split_heads(self.c_attn(x), c.n_head)
+        return norm_and_rotate(q, c.qk_norm, rotary), norm_and_rotate(k, c.qk_norm, rotary), v
 
 
 class MLP:
@@ -492,8 +502,7 @@ class BigramLanguageModel(LanguageModel):
         return self.wte.weight[idx]
 
     def decoder(self, batch_size: int) -> Decoder:
-        table = self.wte.weight.numpy()
-        return lambda tokens: np.asarray(table[tokens[:, -1]])
+        return lambda tokens: np.asarray(self.wte.weight.numpy()[tokens[:, -1]])
 
 
 class GPT(LanguageModel):
@@ -551,13 +560,17 @@ class GPT(LanguageModel):
 
     def _stream(self, idx: Tensor) -> Tensor:
         """The residual stream behind the last block, (B, T, C)."""
-        wpe = self.wpe.weight if self.rotary is None else None
-        x = self._embed(embedding(idx, self.wte.weight, wpe))  # (B, T, C)
+        x = self.embed(idx)
         for block in self.h:
             x = block(x, self.rotary)
         return x
 
-    def _embed(self, x: Tensor) -> Tensor:
+    def embed(self, idx: Tensor) -> Tensor:
+        """What enters the first block: idx (B, T) -> (B, T, C)."""
+        wpe = self.wpe.weight if self.rotary is None else None
+        return self._enter(embedding(idx, self.wte.weight, wpe))
+
+    def _enter(self, x: Tensor) -> Tensor:
         x = rms_norm(x) if self.config.norm == "rms" else x
         return drop(x, self.config.dropout)
 
@@ -576,7 +589,7 @@ class GPT(LanguageModel):
             x = x + self.wpe.weight[position : position + 1]
         else:
             rotary = self.rotary[:, position : position + 1]
-        x = self._embed(x)
+        x = self._enter(x)
         for block, cache in zip(self.h, caches, strict=True):
             x = block(x, rotary, cache, position)
         return self._head(x)[:, 0]

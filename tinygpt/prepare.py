@@ -28,13 +28,21 @@ import numpy as np
 from numpy.typing import NDArray
 from tinygrad.helpers import tqdm
 
+from tinygpt.batches import split_tokens
 from tinygpt.checkpoint import TOKENIZER
 from tinygpt.cli import run_command
-from tinygpt.config import InputError
+from tinygpt.config import InputError, TrainConfig
 from tinygpt.corpus import load_corpus
 from tinygpt.files import replacing, write_text
 from tinygpt.interop import read_meta
-from tinygpt.tokenizer import END_OF_TEXT, CharTokenizer, GPT2Tokenizer, Tokenizer, load_tokenizer
+from tinygpt.tokenizer import (
+    END_OF_TEXT,
+    CharTokenizer,
+    GPT2Tokenizer,
+    Tokenizer,
+    load_tokenizer,
+    same_vocabulary,
+)
 
 META = "meta.json"
 PIECE = 1 << 20  # characters
@@ -199,6 +207,27 @@ def _with_bar(texts: Iterator[str], sources: list[str], name: str) -> Iterator[s
 
 
 # Reading ------------------------------------------------------------------------------------------
+
+
+def load_data(config: TrainConfig, tokenizer: Tokenizer | None) -> tuple[Tokens, Tokens, Tokenizer]:
+    """The tokens to train and to validate on, and their tokenizer.
+
+    Args:
+        tokenizer: that of the weights to go on from; None if there are none.
+
+    Raises:
+        InputError: the data cannot be had, or its tokens are not those of the weights.
+    """
+    if Path(config.data).is_dir():
+        train_data, val_data, own = load_tokens(Path(config.data))
+        if tokenizer and not same_vocabulary(own, tokenizer):
+            raise InputError(f"the tokens in {config.data} are not of the model's vocabulary")
+        return train_data, val_data, own
+    text = load_corpus(config.data, max_bytes=config.max_download_mb * 10**6)
+    if tokenizer is None:
+        is_gpt2 = config.tokenizer == "gpt2"
+        tokenizer = GPT2Tokenizer() if is_gpt2 else CharTokenizer.from_text(text)
+    return *split_tokens(tokenizer.encode_array(text)), tokenizer
 
 
 def load_tokens(folder: Path) -> tuple[Tokens, Tokens, Tokenizer]:

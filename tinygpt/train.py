@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tinygpt import checkpoint
-from tinygpt.batches import check_lengths, sample_blocks, split_tokens
+from tinygpt.batches import check_lengths, sample_blocks
 from tinygpt.checkpoint import Progress
 from tinygpt.cli import add_flags, run_command
 from tinygpt.config import (
@@ -30,26 +30,25 @@ from tinygpt.config import (
     TrainConfig,
     model_config,
 )
-from tinygpt.corpus import load_corpus
 from tinygpt.device import device_name, select_device
 from tinygpt.generate import stream_text
 from tinygpt.interop import load_pretrained
 from tinygpt.model import LanguageModel
 from tinygpt.optimizer import learning_rate
-from tinygpt.prepare import load_tokens
+from tinygpt.prepare import load_data
 from tinygpt.profile import profile
-from tinygpt.report import plot_loss
+from tinygpt.report import draw_pages
+from tinygpt.sampling import Decoder
 from tinygpt.tokenizer import (
     CharTokenizer,
-    GPT2Tokenizer,
     Tokenizer,
     load_tokenizer,
     model_vocab_size,
-    same_vocabulary,
 )
 from tinygpt.trainer import choose_trainer, estimated_loss, exact_loss
 
 SAMPLE_LENGTH = 500  # characters in sample.txt, at least
+SHORT_SAMPLE_LENGTH = 100  # characters of each text in samples.jsonl, at least
 
 
 def train(
@@ -94,7 +93,7 @@ def train(
     cores = f", {len(trainer.devices)} cores" if len(trainer.devices) > 1 else ""
     print(f"device  {device_name()}{cores}; compiling the first step", flush=True)
 
-    log = Log(folder, config, progress)
+    log, decoder = Log(folder, config, progress), model.decoder(1)
     with stop_signals() as signals:
         while progress.iteration < c.max_iters and not signals:
             i = progress.iteration
@@ -110,7 +109,11 @@ def train(
                 log.stop_clock()
                 if i == 0:
                     progress.seconds_to_first_iteration = time.perf_counter() - start
-                val_loss = estimated_loss(trainer, val_data, config) if evaluating else None
+                val_loss = None
+                if evaluating:
+                    val_loss = estimated_loss(trainer, val_data, config)
+                    text = write_sample(decoder, tokenizer, SHORT_SAMPLE_LENGTH, c.seed)
+                    checkpoint.append_sample(folder, done, text)
                 log.write(train_loss, val_loss)
             if evaluating:
                 checkpoint.save_state(folder, state, progress)
@@ -118,11 +121,7 @@ def train(
         checkpoint.save_state(folder, state, progress)
         return {"iterations": progress.iteration, "signal": signals[0]}
 
-    sample = ""
-    for text in stream_text(model.decoder(1), tokenizer, "", SAMPLE_LENGTH, seed=c.seed):
-        sample += text
-        if len(sample) >= SAMPLE_LENGTH:
-            break
+    sample = write_sample(decoder, tokenizer, SAMPLE_LENGTH, c.seed)
     print(f"\n{sample}\n", flush=True)
     summary = {
         "parameters": sum(int(p.numel()) for p in model.parameters().values()),
@@ -134,7 +133,7 @@ def train(
         "device": device_name(),
     }
     checkpoint.finish_run(folder, summary, sample)
-    plot_loss(folder)
+    draw_pages(folder, val_data)
     return summary
 
 
@@ -170,6 +169,16 @@ def check_finite(loss: float, iteration: int) -> None:
             f"the loss is {loss} at iteration {iteration}; a lower --learning-rate or a "
             "--grad-clip may help, and the last checkpoint is as it was"
         )
+
+
+def write_sample(decoder: Decoder, tokenizer: Tokenizer, length: int, seed: int) -> str:
+    """A new text of so many characters, or a token more, drawn with the numbers of `seed` alone."""
+    text = ""
+    for piece in stream_text(decoder, tokenizer, "", length, seed=seed):
+        text += piece
+        if len(text) >= length:
+            break
+    return text
 
 
 class Log:
@@ -286,29 +295,6 @@ def finetuned(
     return dataclasses.replace(model, dropout=wanted.dropout, attn_dropout=wanted.attn_dropout)
 
 
-def load_data(
-    config: TrainConfig, tokenizer: Tokenizer | None
-) -> tuple[NDArray[np.integer], NDArray[np.integer], Tokenizer]:
-    """The tokens to train and to validate on, and their tokenizer.
-
-    Args:
-        tokenizer: that of the weights to go on from; None if there are none.
-
-    Raises:
-        InputError: the data cannot be had, or its tokens are not those of the weights.
-    """
-    if Path(config.data).is_dir():
-        train_data, val_data, own = load_tokens(Path(config.data))
-        if tokenizer and not same_vocabulary(own, tokenizer):
-            raise InputError(f"the tokens in {config.data} are not of the model's vocabulary")
-        return train_data, val_data, own
-    text = load_corpus(config.data, max_bytes=config.max_download_mb * 10**6)
-    if tokenizer is None:
-        is_gpt2 = config.tokenizer == "gpt2"
-        tokenizer = GPT2Tokenizer() if is_gpt2 else CharTokenizer.from_text(text)
-    return *split_tokens(tokenizer.encode_array(text)), tokenizer
-
-
 def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, dict[str, Any]]:
     presets = "\n".join(f"  {name:<8} {preset.purpose}" for name, preset in PRESETS.items())
     parser = argparse.ArgumentParser(
@@ -374,7 +360,8 @@ def main(argv: list[str] | None = None) -> int:
         return 128 + int(summary["signal"])
     print(
         f"val loss {summary['val_loss']:.4f} nats per token over the whole val split, in blocks "
-        f"of {config.model.block_size}\n{folder}/ holds the run; for more text:\n"
+        f"of {config.model.block_size}\n{folder}/ holds the run, {checkpoint.REPORT} in it shows "
+        "it; for more text:\n"
         f"  python -m tinygpt.generate --run {folder}"
     )
     return 0
