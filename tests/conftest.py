@@ -5,6 +5,7 @@ import os
 import pytest
 
 os.environ["TINYGPT_OFFLINE"] = "1"
+os.environ.setdefault("PARALLEL", "0")  # processes that compile take longer to start than to work
 
 
 def pytest_configure() -> None:
