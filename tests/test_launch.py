@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from tinygrad import Device, Tensor, TinyJit, UOp
+from tinygrad.helpers import DEV
 
 from tinygpt.launch import Launcher
 from tinygpt.model import read, write
@@ -49,6 +50,7 @@ def test_kernels_are_called_directly(monkeypatch: pytest.MonkeyPatch) -> None:
     x = tensor([1, 2])
     launch = Launcher(lambda: (x + 1).realize(), Device.DEFAULT)
     launch()
-    assert len(launch.calls) == 1 and launch.calls[0].name and launch.calls[0].operations == 2
+    assert len(launch.calls) == 1 and launch.calls[0].name
+    assert launch.calls[0].operations == 2 or DEV.renderer == "X86"  # where they are not known
     monkeypatch.setattr(TinyJit, "__call__", None)  # no longer needed
     assert read(launch()).tolist() == [2, 3]
