@@ -296,7 +296,7 @@ FAULTS = [
     ),
     Fault(
         "kernel: the learning rate does not scale the decay", TWO_CORES, "kernels.py",
-        "(1.0 - rates[0] * weight_decay)", "(1.0 - weight_decay)",
+        "(1.0 - rates[rate] * weight_decay)", "(1.0 - weight_decay)",
     ),
     Fault(
         "kernel: dropout forgets on the way back what it dropped", DROPOUT, "kernels.py",
