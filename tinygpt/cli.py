@@ -49,4 +49,9 @@ def run_command(main: Callable[[], int]) -> None:
     except BrokenPipeError:  # the reader, such as `head`, has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 141
+    except OSError as error:  # a full disk, a folder that is gone
+        place = f" at {error.filename}" if error.filename else ""
+        print(f"error: {error.strerror or error}{place}; what was saved before is as it was",
+              file=sys.stderr)  # fmt: skip
+        status = 1
     sys.exit(status)
