@@ -19,7 +19,8 @@ import numpy as np
 import torch
 
 from benchmarks.peer import PeerGPT
-from benchmarks.throughput import SHAPES, cpu_name
+from benchmarks.roofline import cpu_name
+from benchmarks.throughput import SHAPES
 from tinygpt.device import device_name, select_device
 from tinygpt.model import GPT
 from tinygpt.sampling import sample_tokens

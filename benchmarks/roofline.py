@@ -7,9 +7,12 @@ arithmetic units.
 
 from __future__ import annotations
 
+import os
+import platform
 import statistics
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 from tinygrad import Tensor
@@ -51,6 +54,14 @@ def peak_gflops(cores: int, rounds: int = 7) -> float:
     return operations / statistics.median(seconds) / 1e9
 
 
+def cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
 if __name__ == "__main__":
-    for cores in (1, 2):
+    print(cpu_name())
+    for cores in sorted({1, os.cpu_count() or 1}):
         print(f"{cores} cores: {peak_gflops(cores):.0f} GFLOP/s")

@@ -18,7 +18,6 @@ import json
 import math
 import multiprocessing
 import os
-import platform
 import subprocess
 import sys
 import time
@@ -29,6 +28,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.roofline import cpu_name
 from tinygpt.batches import evaluation_batches, sample_blocks, split_tokens
 from tinygpt.checkpoint import METRICS, SUMMARY, load_config, read_metrics
 from tinygpt.config import PRESETS, GPTConfig
@@ -158,7 +158,7 @@ def main() -> None:
         if args.peer:
             peers.append(timed_peer_run(seed))
     found = {args.preset: ours} | ({"nanoGPT's micro on PyTorch": peers} if peers else {})
-    print(f"\n{platform.processor() or platform.machine()}, {os.cpu_count()} cores; train is the")
+    print(f"\n{cpu_name()}, {os.cpu_count()} cores; train is the")
     print("mean of the last tenth of the steps, dropout on; wall is from the start of the process")
     print("until its val loss is known; no start is that without the time to the end of the first")
     print("step, where kernels are compiled or found compiled")

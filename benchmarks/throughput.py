@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import platform
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +20,7 @@ import numpy as np
 import torch
 
 from benchmarks.peer import PeerTrainer
-from benchmarks.roofline import peak_gflops
+from benchmarks.roofline import cpu_name, peak_gflops
 from tinygpt.batches import sample_blocks
 from tinygpt.config import GPTConfig, RunConfig, TrainConfig
 from tinygpt.device import device_name, select_device
@@ -125,13 +124,6 @@ def show(results: dict[str, dict], title: str) -> None:
             f"{work:15}{ours:>22}{peer:>22} {r['fastest_peer']:9}{r['ratio']:>6.2f}"
             f"{r['gflops']:>9.1f}{share:>9.0%}"
         )
-
-
-def cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def main() -> None:

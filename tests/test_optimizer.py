@@ -18,6 +18,7 @@ from tinygpt.optimizer import (
     clip_coefficient,
     global_norm,
     group_of,
+    groups_of,
     learning_rate,
     orthogonalize_cost,
     step_rates,
@@ -103,7 +104,7 @@ def test_muon_is_for_the_matrices_of_blocks() -> None:
     config = GPTConfig(8, 11, n_layer=1, n_head=2, n_embd=4, bias=True, tie_weights=False)
     recipe = TrainConfig(optimizer="muon", embedding_lr=0.3, head_lr=0.1)
     parameters = GPT(config).parameters()
-    groups = {name: group_of(name, p, recipe) for name, p in parameters.items()}
+    groups = groups_of(parameters, recipe)
     assert {n for n, g in groups.items() if g.orthogonalized} == {
         f"h.0.{n}.weight" for n in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
     }
@@ -160,7 +161,7 @@ def test_cores_share_everything_once(preset: str, cores: int) -> None:
     chosen = PRESETS[preset]
     config = GPTConfig(**{**chosen.model, "vocab_size": 65, "n_embd": 64})
     parameters = GPT(config, seed=None).parameters()
-    groups = {name: group_of(name, p, chosen.train) for name, p in parameters.items()}
+    groups = groups_of(parameters, chosen.train)
     order = sorted(parameters, key=lambda name: groups[name], reverse=True)
     memory = Memory({name: tuple(map(int, parameters[name].shape)) for name in order})
     found = shares(memory, groups, cores)

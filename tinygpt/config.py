@@ -12,6 +12,8 @@ from typing import Any, Literal, get_args
 Activation = Literal["gelu_tanh", "gelu", "relu", "relu2"]
 Position = Literal["learned", "rotary"]
 Norm = Literal["layer", "rms"]
+OptimizerName = Literal["adamw", "muon"]
+Schedule = Literal["cosine", "linear"]
 
 
 class InputError(ValueError):
@@ -35,6 +37,12 @@ def _check_whole(config: Any, minimum: int, *names: str) -> None:
             is_whole and value >= minimum,
             f"{name} is {value!r}; it must be a whole number, {minimum} or more",
         )
+
+
+def _check_choices(config: Any, **kinds: Any) -> None:
+    for name, kind in kinds.items():
+        value, choices = getattr(config, name), get_args(kind)
+        _check(value in choices, f"{name} is {value!r}; it must be one of {', '.join(choices)}")
 
 
 @dataclass(frozen=True)
@@ -92,13 +100,7 @@ class GPTConfig:
         for name in ("dropout", "attention_dropout"):
             value = getattr(self, name)
             _check(0 <= value < 1, f"{name} is {value}; it must be at least 0 and below 1")
-        choices = {"activation": Activation, "position": Position, "norm": Norm}
-        for name, kind in choices.items():
-            value = getattr(self, name)
-            _check(
-                value in get_args(kind),
-                f"{name} is {value!r}; it must be one of " + ", ".join(get_args(kind)),
-            )
+        _check_choices(self, activation=Activation, position=Position, norm=Norm)
         _check(
             self.position == "learned" or self.n_embd // self.n_head % 2 == 0,
             f"n_embd / n_head is {self.n_embd // self.n_head}; rotary positions turn pairs of "
@@ -155,7 +157,7 @@ class TrainConfig:
     out_dir: str = _setting("folder of the run (default: runs/<preset>)", default="")
     max_iters: int = _setting("training steps", default=2000)
     batch_size: int = _setting("rows per step, each of block_size tokens", default=12)
-    optimizer: Literal["adamw", "muon"] = _setting(
+    optimizer: OptimizerName = _setting(
         "adamw, or muon: Muon for the matrices of the blocks, AdamW for everything else",
         default="adamw",
     )
@@ -166,7 +168,7 @@ class TrainConfig:
     head_lr: float | None = _setting(
         "the same of an untied output layer (default: learning_rate)", default=None
     )
-    schedule: Literal["cosine", "linear"] = _setting(
+    schedule: Schedule = _setting(
         "decay of the learning rates: cosine (from the warm-up on) or linear (over the last "
         "warmdown_iters steps)",
         default="cosine",
@@ -209,9 +211,7 @@ class TrainConfig:
         for name in ("lr_decay_iters", "warmdown_iters"):
             if getattr(self, name) is not None:
                 _check_whole(self, 1, name)
-        for name, kinds in (("optimizer", ("adamw", "muon")), ("schedule", ("cosine", "linear"))):
-            value = getattr(self, name)
-            _check(value in kinds, f"{name} is {value!r}; it must be one of {', '.join(kinds)}")
+        _check_choices(self, optimizer=OptimizerName, schedule=Schedule)
         for name in (
             "learning_rate", "embedding_lr", "head_lr", "final_lr", "weight_decay", "grad_clip",
         ):  # fmt: skip

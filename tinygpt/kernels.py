@@ -992,7 +992,8 @@ def embedding(idx: Tensor, wte: Tensor, wpe: Tensor | None = None) -> Tensor:
 
 
 # The optimizer ------------------------------------------------------------------------------------
-# One pass each over what tinygrad passes over several times: 0.25 ms instead of 1.5, 0.7 of 3.1.
+# One pass each over what tinygrad passes over several times: on each of two cores 0.11 instead of
+# 0.37 ms for the norm, 0.41 instead of 1.1 for AdamW.
 
 CHUNK = 4096  # floats added up at a time: long float sums lose digits
 

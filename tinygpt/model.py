@@ -259,7 +259,7 @@ class Linear:
         self.bias = constant(0.0, n_out) if bias else None
 
     def __call__(
-        self, x: Tensor, activation: Activation | float | None = None, dropout: float = 0.0
+        self, x: Tensor, activation: Activation | None = None, dropout: float = 0.0
     ) -> Tensor:
         return linear(x, self.weight, self.bias, activation, dropout)
 

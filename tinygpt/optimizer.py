@@ -68,6 +68,11 @@ class Group(NamedTuple):
     decays: bool
 
 
+def groups_of(parameters: dict[str, Tensor], config: TrainConfig) -> dict[str, Group]:
+    """What the names and shapes of parameters say."""
+    return {name: group_of(name, p, config) for name, p in parameters.items()}
+
+
 def group_of(name: str, parameter: Tensor, config: TrainConfig) -> Group:
     """Matrices decay; biases and norms, which have one axis, do not."""
     is_matrix = parameter.ndim >= 2
@@ -89,7 +94,7 @@ class AdamW:
         p = p (1 - rate decay) - rate (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + eps)
 
     Args:
-        groups: of each parameter; by default what its name and shape say.
+        groups: of each parameter, by default `groups_of` them.
         m, v: memory for the moments, zero; made here by default.
     """
 
@@ -102,7 +107,7 @@ class AdamW:
         v: Moments | None = None,
     ):
         self.parameters, self.config = parameters, config
-        self.groups = groups or {n: group_of(n, p, config) for n, p in parameters.items()}
+        self.groups = groups or groups_of(parameters, config)
         self.m = m or {name: _zeros_like(p) for name, p in parameters.items()}
         self.v = v or {name: _zeros_like(p) for name, p in parameters.items()}
 
@@ -215,7 +220,7 @@ class Optimizer:
         m: Moments | None = None,
         v: Moments | None = None,
     ):
-        groups = groups or {n: group_of(n, p, config) for n, p in parameters.items()}
+        groups = groups or groups_of(parameters, config)
         inner = {n: p for n, p in parameters.items() if groups[n].orthogonalized}
         others = {n: p for n, p in parameters.items() if n not in inner}
         self.muon = Muon(inner, config, m and {n: m[n] for n in inner})

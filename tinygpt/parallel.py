@@ -6,8 +6,8 @@ every core gets a device, a model and an equal part of each batch. The weights e
 flat piece of memory that all models read; each core writes its own flat gradients, and after that
 updates its own part of the weights from the mean of all gradients (data parallelism with a sharded
 optimizer, as in ZeRO, Rajbhandari et al. 2020): whole matrices where Muon does it, else an equal
-stretch of memory. Sums are always taken in the same order: the result
-depends on the number of cores, but not on their timing.
+stretch of memory. Sums are always taken in the same order: the result depends on the number of
+cores, but not on their timing.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from tinygrad import Context, Tensor, dtypes
 from tinygpt.checkpoint import training_state
 from tinygpt.config import RunConfig
 from tinygpt.launch import Launcher
-from tinygpt.model import build_model, cross_entropy, dropout_seed, write
+from tinygpt.model import build_model, cross_entropy, dropout_seed
 from tinygpt.optimizer import (
     Group,
     Optimizer,
     clip_coefficient,
     global_norm,
-    group_of,
+    groups_of,
     moments_by_name,
     orthogonalize_cost,
     step_rates,
@@ -52,18 +52,19 @@ class Memory:
         skip = -(owner.ctypes.data // owner.itemsize) % ALIGNMENT
         self.array = owner[skip : skip + end]
 
+    def view(self, name: str) -> NDArray[np.float32]:
+        start, shape = self.offsets[name], self.shapes[name]
+        return self.array[start : start + math.prod(shape)].reshape(shape)
+
     def tensor(self, name: str, device: str) -> Tensor:
-        start = self.offsets[name]
-        return self.part(start, start + math.prod(self.shapes[name]), device, self.shapes[name])
+        return on_device(self.view(name), device)
 
     def tensors(self, device: str) -> dict[str, Tensor]:
         return {name: self.tensor(name, device) for name in self.shapes}
 
-    def part(
-        self, start: int, end: int, device: str, shape: tuple[int, ...] | None = None
-    ) -> Tensor:
-        """The floats from `start` to `end`, in this shape or in a row."""
-        return on_device(self.array[start:end].reshape(shape or (end - start,)), device)
+    def part(self, start: int, end: int, device: str) -> Tensor:
+        """The floats from `start` to `end`, whatever they are of."""
+        return on_device(self.array[start:end], device)
 
 
 def on_device(array: NDArray[Any], device: str) -> Tensor:
@@ -81,12 +82,12 @@ class ParallelTrainer:
     def __init__(self, config: RunConfig, cores: int):
         c, self.model = config.train, build_model(config.model, config.train.seed)
         initial = self.model.parameters()
-        self.groups = {name: group_of(name, p, c) for name, p in initial.items()}
+        self.groups = groups_of(initial, c)
         by_group = sorted(initial, key=lambda name: self.groups[name], reverse=True)
         shapes = {name: tuple(map(int, initial[name].shape)) for name in by_group}
         self.weights, self.m, self.v = (Memory(shapes) for _ in range(3))
         for name, tensor in initial.items():
-            write(self.weights.tensor(name, "CPU"), tensor.numpy())
+            self.weights.view(name)[:] = tensor.numpy()
         self.gradients = [Memory(shapes) for _ in range(cores)]
         self.rates, self.norms = step_rates(0, c), np.zeros(cores, np.float32)
         self.replicas = [Replica(self, config, core) for core in range(cores)]
@@ -204,7 +205,9 @@ def shares(memory: Memory, groups: dict[str, Group], cores: int) -> list[tuple[S
 
     The matrices go, the costliest first, to the core that has least to do.
     """
-    costs = {n: orthogonalize_cost(n, memory.shapes[n]) for n, g in groups.items() if g[0]}
+    costs = {
+        n: orthogonalize_cost(n, memory.shapes[n]) for n, g in groups.items() if g.orthogonalized
+    }
     names: list[list[str]] = [[] for _ in range(cores)]
     for name in sorted(costs, key=lambda n: -costs[n]):
         min(names, key=lambda own: sum(costs[n] for n in own)).append(name)

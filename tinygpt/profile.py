@@ -21,14 +21,19 @@ WORDS = {  # what a kernel's name begins with, the longer first
     "linear": "linear layers",
     "attention_d": "attention, gradient",
     "attention": "attention",
+    "norm_and_rotate_d": "norm and rotation of queries and keys, gradient",
+    "norm_and_rotate": "norm and rotation of queries and keys",
     "layer_norm_d": "layer norm, gradient",
     "layer_norm": "layer norm",
+    "rms_norm_d": "RMS norm, gradient",
+    "rms_norm": "RMS norm",
     "cross_entropy_d": "loss, gradient",
     "cross_entropy": "loss",
     "embedding_d": "embedding, gradient",
     "embedding": "embedding",
     "sum_of_squares": "length of the gradient, for clipping",
     "adamw": "AdamW",
+    "orthogonalize": "Muon's orthogonal steps",
     "E(_|$)": "tinygrad's own: element by element",
     "r_": "tinygrad's own: sums",
 }
@@ -92,11 +97,11 @@ def in_words(name: str) -> str:
 def table(rows: list[Row], wall: float, cores: int) -> Iterable[str]:
     total = sum(row.seconds for row in rows)
     operations = sum(row.operations for row in rows)
-    yield f"{'one core, its part of a step':40} {'calls':>6} {'ms':>8} {'share':>6} {'GFLOP/s':>8}"
+    yield f"{'one core, its part of a step':48} {'calls':>6} {'ms':>8} {'share':>6} {'GFLOP/s':>8}"
     for name, calls, seconds, count in rows:
         rate = f"{count / seconds / 1e9:8.1f}" if count else ""
-        yield f"{name:40} {calls:>6} {seconds * 1e3:>8.2f} {seconds / total:>6.1%} {rate}"
-    yield f"{'all':40} {'':>6} {total * 1e3:>8.2f} {1:>6.1%} {operations / total / 1e9:8.1f}"
+        yield f"{name:48} {calls:>6} {seconds * 1e3:>8.2f} {seconds / total:>6.1%} {rate}"
+    yield f"{'all':48} {'':>6} {total * 1e3:>8.2f} {1:>6.1%} {operations / total / 1e9:8.1f}"
     yield (
         f"A step on {cores} cores together takes {wall * 1e3:.2f} ms, "
         f"{cores * operations / wall / 1e9:.0f} GFLOP/s. What is above the kernels' time is "

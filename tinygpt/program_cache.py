@@ -18,6 +18,7 @@ from tinygrad.helpers import diskcache_get, diskcache_put
 from tinygpt.device import choose_compiler
 
 TABLE = "tinygpt_programs"
+TINYGRAD = metadata.version("tinygrad")  # read once: every program is looked up
 
 
 class ProgramCache(dict[Any, Any]):
@@ -43,7 +44,7 @@ def name(key: tuple[Any, ...]) -> str:
     """A program's name in the database: what it was lowered from and for, and by what."""
     kernel, renderer, target, *settings = key
     compiler = choose_compiler() if target.device == "CPU" else None
-    versions = metadata.version("tinygrad"), compiler and compiler.version
+    versions = TINYGRAD, compiler and compiler.version
     parts = kernel.hex(), renderer.__name__, repr(target), settings, versions
     return sha256(repr(parts).encode()).hexdigest()
 
