@@ -106,8 +106,8 @@ def test_cutting_a_text_changes_no_token(text: str, size: int) -> None:
     assert "".join(parts) == text
     gpt2 = _gpt2()
     together: list[str] = []
-    for part in parts:  # a piece that begins without white space was cut by force
-        if together and part[0] not in " \n":
+    for part in parts:  # cut by force is what does not begin a run of white space
+        if together and (part[0] not in " \n" or together[-1][-1].isspace()):
             together[-1] += part
         else:
             together.append(part)
