@@ -286,12 +286,12 @@ PRESETS = {
         replace(MUON, batch_size=24, max_iters=220, warmup_iters=20),
     ),
     "laptop": Preset(
-        "the best text for two or three minutes of two cores",
+        "better text than that of fast, for a few minutes more",
         dict(block_size=128, n_layer=4, n_head=4, n_embd=192, **MODERN),
         replace(MUON, batch_size=16, max_iters=700),
     ),
     "record": Preset(
-        "nanoGPT's best val loss on a GPU, 1.4697, on a CPU; 3.2 million parameters",
+        "aims at nanoGPT's best val loss on a GPU, 1.4697; 3.2 million parameters",
         dict(block_size=128, n_layer=4, n_head=4, n_embd=256, dropout=0.1, **MODERN),
         replace(MUON, batch_size=32, max_iters=1500),
     ),
