@@ -60,8 +60,10 @@ def test_linear_decay_at_the_joints() -> None:
     assert learning_rate(99, recipe) == learning_rate(600, recipe) == 1.0
     assert learning_rate(800, recipe) == pytest.approx(0.55)
     assert learning_rate(1000, recipe) == learning_rate(5000, recipe) == 0.1
-    half = TrainConfig(max_iters=100, schedule="linear", warmup_iters=0)  # by default
-    assert learning_rate(50, half) == 1e-3 > learning_rate(51, half)
+    by_default = TrainConfig(max_iters=100, schedule="linear", warmup_iters=0)
+    assert learning_rate(25, by_default) == 1e-3 > learning_rate(26, by_default)
+    one_step = TrainConfig(max_iters=1, schedule="linear", warmup_iters=0)
+    assert learning_rate(0, one_step) == 1e-3 and learning_rate(1, one_step) == 1e-4
 
 
 def test_norm_and_clipping() -> None:

@@ -175,22 +175,39 @@ class Kernel:
                 lanes[lane] = combine(lanes[lane], lanes[lane + width])
         return lanes[0]
 
-    def product(
-        self, depth: Index, left: Binary, right: Binary, start: Binary | None = None
-    ) -> Array:
-        """A tile of a matrix product: start(m, n) + the sum over d of left(m, d) right(d, n).
+    def product(self, depth: Index, left: Binary, right: Binary) -> Array:
+        """A tile of a matrix product: the sum over d of left(m, d) right(d, n).
 
         The one loop that everything is about: the tile stays in vector registers.
         """
         tile, zero, depth = register_tile(), UOp.const(0), simplified(depth)
         sums = self.array(*tile)
         with self.loop(tile.rows) as m, self.loop(tile.columns) as n:
-            first = left(m, zero) * right(zero, n)  # starting from 0 is slower: memset, then loads
-            sums[m, n] = first if start is None else start(m, n) + first
+            # Starting from 0 is slower: memset, then loads.
+            sums[m, n] = left(m, zero) * right(zero, n)
         if isinstance(depth, UOp) or depth > 1:
             with self.loop(depth - 1) as d, self.loop(tile.rows) as m, self.loop(tile.columns) as n:
                 sums[m, n] += left(m, d + 1) * right(d + 1, n)
         return sums
+
+    @contextmanager
+    def tile(
+        self, sums: Array, row: UOp, rows: int, column: UOp, columns: int
+    ) -> Iterator[tuple[UOp, UOp, UOp]]:
+        """Runs its body for each value of a tile that lies within rows and columns of a matrix.
+
+        (row, column) is where the tile begins; yields a row, a column and the value for them.
+        """
+        tile = register_tile()
+        height = simplified((rows - row).minimum(tile.rows))
+        width = simplified((columns - column).minimum(tile.columns))
+        if isinstance(height, UOp) or isinstance(width, UOp):
+            copy = self.array(*tile)  # clang keeps in registers only what is read at fixed places
+            with self.loop(tile.rows) as m, self.loop(tile.columns) as n:
+                copy[m, n] = sums[m, n]
+            sums = copy
+        with self.loop(height) as m, self.loop(width) as n:
+            yield row + m, column + n, sums[m, n]
 
     def finish(self, operations: int) -> Program:
         """operations: how many floating-point operations, for profiles."""
@@ -448,7 +465,6 @@ def matmul(
 
     In blocks that stay in the caches (Goto & van de Geijn 2008). One step of the depth after the
     other, `right` is copied into panels as wide as a tile, and tile after tile is added to out.
-    Tiles that reach too far compute the last row or column more than once; it comes out the same.
     Of a symmetric product only the tiles are computed that hold a part of the upper triangle.
     """
     tile, (rows, columns, depth) = register_tile(), size
@@ -483,22 +499,17 @@ def matmul(
                 return (reached - b * tiles_per_block).maximum(0).minimum(tiles_here)
 
             with k.loop(n_panels) as p, k.loop(count(p)) as t:
-
-                def place(m: UOp, n: UOp) -> tuple[UOp, UOp]:
-                    row, column = b * block + t * tile.rows + m, p * tile.columns + n
-                    return row.minimum(rows - 1), column.minimum(columns - 1)
-
                 sums = k.product(
                     step,
                     lambda m, d: rows_of_block.at(t * tile.rows + m, d),
                     lambda d, n: panels[p, d, n],
-                    lambda m, n: s.eq(0).where(0.0, out[place(m, n)]),
                 )
-                with k.loop(tile.rows) as m, k.loop(tile.columns) as n:
-                    value = sums[m, n]
+                corner = (b * block + t * tile.rows, rows, p * tile.columns, columns)
+                with k.tile(sums, *corner) as (m, n, value):
+                    value = value + s.eq(0).where(0.0, out[m, n])
                     if finish:
-                        value = s.eq(steps - 1).where(finish(*place(m, n), value), value)
-                    out[place(m, n)] = value
+                        value = s.eq(steps - 1).where(finish(m, n, value), value)
+                    out[m, n] = value
     if symmetric and rows > 1:
         with k.loop(rows) as m, k.loop(columns) as n:
             out[m, n] = out[m.minimum(n), m.maximum(n)]
@@ -613,6 +624,24 @@ class Heads(NamedTuple):
         with k.loop(count) as p, k.loop(D) as d, k.loop(columns) as n:
             to[p, d, n] = self(part, p * columns + n, d)
 
+    def rows(self, k: Kernel, part: int, padded: Array | None) -> Binary:
+        """A part as the right side of a product over time, whose last panel may reach too far."""
+        if padded is None:
+            return lambda t, d: self(part, t, d)
+        with k.loop(self.array.shape[1]) as t, k.loop(self.array.shape[4]) as d:
+            padded[t, d] = self(part, t, d)
+        return lambda t, d: padded[t, d]
+
+
+def padding(k: Kernel, T: int, D: int) -> Array | None:
+    """Memory for rows of whole panels, if D is not one; zeros, as denormal numbers are slow."""
+    if D % register_tile().columns == 0:
+        return None
+    padded = k.output(T, round_up(D, register_tile().columns))
+    with k.loop(T) as t, k.loop(padded.shape[1]) as d:
+        padded[t, d] = 0.0
+    return padded
+
 
 @functools.cache
 def attention_kernel(B: int, T: int, H: int, D: int, dropout: float) -> Program:
@@ -621,10 +650,11 @@ def attention_kernel(B: int, T: int, H: int, D: int, dropout: float) -> Program:
     y, stats, qkv = k.output(B, T, H, D), k.output(2, B, H, T), k.input(B, T, 3, H, D)
     mask, blocks = masked(k, dropout), ceil_div(T, R)
     keys = k.output(ceil_div(blocks * R, N), D, N)
-    weights = k.output(R, keys.shape[0] * N)
+    weights, padded = k.output(R, keys.shape[0] * N), padding(k, T, D)
     with k.loop(B) as b, k.loop(H) as h:
         at = Heads(qkv, b, h)
         at.panels(k, 1, keys)
+        values = at.rows(k, 2, padded)
         with k.loop(blocks) as r:
 
             def query(m: UOp) -> UOp:
@@ -651,11 +681,10 @@ def attention_kernel(B: int, T: int, H: int, D: int, dropout: float) -> Program:
                 sums = k.product(
                     (r * R + R).minimum(T),
                     lambda m, t: weights[m, t],
-                    lambda t, n: at(2, t, p * N + n),
+                    lambda t, n: values(t, p * N + n),
                 )
-                with k.loop(R) as m, k.loop(N) as n:
-                    value = sums[m, n] * stats[1, b, h, query(m)]
-                    y[b, query(m), h, (p * N + n).minimum(D - 1)] = value
+                with k.tile(sums, r * R, T, p * N, D) as (i, d, value):
+                    y[b, i, h, d] = value * stats[1, b, h, i]
     return k.finish(2 * B * H * T * T * D)
 
 
@@ -673,17 +702,19 @@ def attention_gradient_kernel(B: int, T: int, H: int, D: int, dropout: float) ->
     keys, values = (k.output(panels, D, N) for _ in range(2))
     # Longer than needed: lines a power of 2 apart would share too few places in the caches.
     weights, dscores = (k.output(blocks * R, panels * N + N) for _ in range(2))
+    padded = [padding(k, T, D) for _ in range(3)]
     with k.loop(B) as b, k.loop(H) as h:
         at, dy = Heads(qkv, b, h), Heads(dys, b, h)
         at.panels(k, 1, keys)
         at.panels(k, 2, values)
+        queries, key_rows = (at.rows(k, part, padded[part]) for part in range(2))
+        dy_rows = dy.rows(k, 0, padded[2])
 
         def store(part: int, r: UOp, depth: Index, left: Binary, right: Binary) -> None:
             with k.loop(ceil_div(D, N)) as p:
                 sums = k.product(depth, left, lambda t, n: right(t, p * N + n))
-                with k.loop(R) as m, k.loop(N) as n:
-                    t, d = (r * R + m).minimum(T - 1), (p * N + n).minimum(D - 1)
-                    dqkv[b, t, part, h, d] = sums[m, n]
+                with k.tile(sums, r * R, T, p * N, D) as (t, d, value):
+                    dqkv[b, t, part, h, d] = value
 
         with k.loop(blocks) as r:
 
@@ -705,7 +736,7 @@ def attention_gradient_kernel(B: int, T: int, H: int, D: int, dropout: float) ->
                     slope = mask(slopes[m, n], place) - deltas[m]
                     dscores[r * R + m, j] = weight * slope * (1 / math.sqrt(D))
             seen = (r * R + R).minimum(T)
-            store(0, r, seen, lambda m, t: dscores[r * R + m, t], lambda t, d: at(1, t, d))
+            store(0, r, seen, lambda m, t: dscores[r * R + m, t], key_rows)
         with k.loop(blocks) as r:
 
             def key(m: UOp) -> UOp:
@@ -717,14 +748,14 @@ def attention_gradient_kernel(B: int, T: int, H: int, D: int, dropout: float) ->
                 r,
                 left,
                 lambda m, t: dscores[r * R + t, key(m)],
-                lambda t, d: at(0, r * R + t, d),
+                lambda t, d: queries(r * R + t, d),
             )
             store(
                 2,
                 r,
                 left,
                 lambda m, t: weights[r * R + t, key(m)],
-                lambda t, d: dy(0, r * R + t, d),
+                lambda t, d: dy_rows(r * R + t, d),
             )
     return k.finish(5 * B * H * T * T * D)
 

@@ -47,6 +47,7 @@ from tinygpt.tokenizer import (
 )
 from tinygpt.trainer import choose_trainer, estimated_loss, exact_loss
 
+DEFAULT_PRESET = "laptop"
 SAMPLE_LENGTH = 500  # characters in sample.txt, at least
 SHORT_SAMPLE_LENGTH = 100  # characters of each text in samples.jsonl, at least
 
@@ -303,12 +304,12 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, dict[st
         description="Trains a GPT on a text, on the CPU or any device that tinygrad drives.",
         epilog=f"presets:\n{presets}\n\n"
         "A run is stopped with Ctrl-C, which saves it, and continued with --resume.\n"
-        "Defaults are the preset's; those of `micro` are in tinygpt/config.py.",
+        "Defaults are the preset's; they are in tinygpt/config.py.",
     )
     parser.add_argument(
         "--preset",
         choices=PRESETS,
-        help="see below (default: micro, or finetune with --init-from)",
+        help=f"see below (default: {DEFAULT_PRESET}, or finetune with --init-from)",
     )
     parser.add_argument("--device", help="CPU, METAL, CUDA, GPU (OpenCL), ... (default: $DEV)")
     parser.add_argument("--resume", action="store_true", help="go on with the run in out-dir")
@@ -329,7 +330,7 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, dict[st
 
 def main(argv: list[str] | None = None) -> int:
     args, flags = parse_arguments(argv)
-    preset = args.preset or ("finetune" if "init_from" in flags else "micro")
+    preset = args.preset or ("finetune" if "init_from" in flags else DEFAULT_PRESET)
     config = configure(preset, flags, args.resume)
     folder = Path(config.train.out_dir)
     if not (args.resume or args.overwrite or args.profile):
