@@ -161,7 +161,7 @@ def test_queries_keys_and_values_are_three_matrices() -> None:
 @pytest.mark.parametrize("preset", ["micro", "record"])
 def test_cores_share_everything_once(preset: str, cores: int) -> None:
     chosen = PRESETS[preset]
-    config = GPTConfig(**{**chosen.model, "vocab_size": 65, "n_embd": 64})
+    config = GPTConfig(**{**chosen.model, "vocab_size": 65, "n_embd": 96})
     parameters = GPT(config, seed=None).parameters()
     groups = groups_of(parameters, chosen.train)
     order = sorted(parameters, key=lambda name: groups[name], reverse=True)
