@@ -9,6 +9,7 @@ from tinygrad.helpers import DEV
 
 from tinygpt.launch import Launcher
 from tinygpt.model import read, write
+from tinygpt.parallel import as_tensor
 
 
 def tensor(values: list[float]) -> Tensor:
@@ -54,3 +55,32 @@ def test_kernels_are_called_directly(monkeypatch: pytest.MonkeyPatch) -> None:
     assert launch.calls[0].operations == 2 or DEV.renderer == "X86"  # where they are not known
     monkeypatch.setattr(TinyJit, "__call__", None)  # no longer needed
     assert read(launch()).tolist() == [2, 3]
+
+
+@pytest.mark.skipif(Device.DEFAULT != "CPU", reason="other devices leave it to TinyJit")
+def test_the_same_kernels_over_other_memory() -> None:
+    """What is moved and what is written is apart; what is only read, here `weight`, is shared."""
+    here, there = (
+        [np.array(x, np.float32), np.zeros(2, np.float32)]
+        for x in ([[1, 2], [3, 4]], [[5, 6], [7, 8]])
+    )
+    x, total = (as_tensor(array) for array in here)
+    weight = tensor([10, 100])
+
+    def sums() -> None:
+        product = (x * weight).contiguous()  # an intermediate result, as of layers
+        total.assign(total + product.sum(axis=1)).realize()
+
+    launch = Launcher(sums, "CPU")
+    launch()
+    addresses = [[array.ctypes.data for array in arrays] for arrays in (here, there)]
+    other = launch.over(dict(zip(*addresses, strict=True)))
+    for _ in range(3):
+        other()
+    assert here[1].tolist() == [210, 430] and there[1].tolist() == [3 * 650, 3 * 870]
+    launch()
+    assert here[1].tolist() == [420, 860] and there[1].tolist() == [3 * 650, 3 * 870]
+    assert len(launch.calls) > 1
+    write(weight, np.array([1, 1], np.float32))
+    other()
+    assert there[1].tolist() == [3 * 650 + 11, 3 * 870 + 15]

@@ -45,7 +45,9 @@ def check_is_gpt2(config: GPTConfig) -> None:
     """Raises InputError for what neither format has a place for."""
     if found := config.beyond_gpt2():
         named = ", ".join(f"{name} {getattr(config, name)}" for name in found)
-        raise InputError(f"only a GPT-2 can be exported; this model has {named}")
+        raise InputError(
+            f"only a GPT-2 can be exported, such as --preset micro trains; this model has {named}"
+        )
 
 
 def export_huggingface(model: GPT, tokenizer: Tokenizer, folder: Path) -> None:

@@ -7,10 +7,13 @@ the answer never changes. So there the kernels are called with what was looked u
 
 from __future__ import annotations
 
+import copy
 import ctypes
+import mmap
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import numpy as np
 from tinygrad import Context, Tensor, TinyJit, UOp
 from tinygrad.engine.realize import get_runtime, resolve_params
 from tinygrad.helpers import DEV
@@ -24,6 +27,11 @@ class Call(NamedTuple):
     operations: int  # floating-point operations, as far as tinygrad knows
     function: Any
     arguments: list[ctypes.c_uint64]  # addresses of its arrays, then its variables
+
+
+def called_directly(device: str) -> bool:
+    """Whether kernels of this device are functions that Python can call; Mesa's are not."""
+    return device.split(":")[0] == "CPU" and DEV.renderer != "LVP"
 
 
 class Launcher:
@@ -40,10 +48,13 @@ class Launcher:
         self, function: Callable[..., Tensor | None], device: str, variables: tuple[UOp, ...] = ()
     ):
         self.jit: Any = TinyJit(function)
-        self.on_cpu = device.split(":")[0] == "CPU" and DEV.renderer != "LVP"
+        self.on_cpu = called_directly(device)
         self.variables = variables
         self.values = {v.expr: ctypes.c_uint64() for v in variables}
         self.calls: list[Call] = []
+        self.places: dict[int, tuple[int, int]] = {}  # address -> start and size of its memory
+        self.written: set[int] = set()  # the starts of what some kernel writes
+        self.memory: dict[int, mmap.mmap] = {}  # see `over`
 
     def __call__(self, *values: int) -> Any:
         """What the function returns; its memory holds the last call's result."""
@@ -66,15 +77,40 @@ class Launcher:
             self.calls += self._prepared(call)
         return self.result
 
+    def over(self, moved: dict[int, int]) -> Launcher:
+        """The same kernels over other memory, to run at the same time; after the first call.
+
+        What they write gets new memory, what they only read is shared, but for arrays in `moved`:
+        it maps the address of an array here to the address of its counterpart there.
+        """
+        assert self.calls and not self.variables
+        other = copy.copy(self)
+        sizes = {start: size for start, size in self.places.values() if start in self.written}
+        other.memory = {a: mmap.mmap(-1, n) for a, n in sizes.items() if a not in moved}
+        starts = moved | {a: np.frombuffer(m).ctypes.data for a, m in other.memory.items()}
+
+        def there(argument: ctypes.c_uint64) -> ctypes.c_uint64:
+            start, _ = self.places.get(argument.value, (0, 0))
+            return ctypes.c_uint64(argument.value + starts.get(start, start) - start)
+
+        other.calls = [
+            call._replace(arguments=[*map(there, call.arguments)]) for call in self.calls
+        ]
+        return other
+
     def _prepared(self, call: UOp) -> list[Call]:
         program, device = call.src[0], call.src[1].device
         assert program.op is Ops.PROGRAM and isinstance(device, str), program.op
         runtime: Any = get_runtime(device, program)
         buffers: list[Any] = [b.buffer for b in resolve_params(call, ())]
-        addresses = [
-            ctypes.c_uint64(buffers[i].ensure_allocated().get_buf(device).va_addr)
-            for i in program.arg.globals
-        ]
+        addresses = []
+        for i in program.arg.globals:
+            buffer = buffers[i].ensure_allocated()
+            addresses.append(ctypes.c_uint64(buffer.get_buf(device).va_addr))
+            start = buffer.base.get_buf(device).va_addr
+            self.places[addresses[-1].value] = start, buffer.base.nbytes
+            if i in program.arg.outs:
+                self.written.add(start)
         info = program.src[0].arg
         known = info.estimates and isinstance(info.estimates.ops, int)
         operations = info.estimates.ops if known else 0

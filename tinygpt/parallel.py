@@ -1,18 +1,18 @@
-"""Training on several CPU cores: a copy of the model on each, all over the same memory.
+"""Training on several CPU cores: the same kernels on each, over memory of its own.
 
-tinygrad runs the kernels of a CPU device on one core, but two devices, `CPU` and `CPU:1`, each
-driven by a Python thread of its own, run side by side: a kernel call releases Python's lock. So
-every core gets a device, a model and an equal part of each batch. The weights exist once, in one
-flat piece of memory that all models read; each core writes its own flat gradients, and after that
-updates its own part of the weights from the mean of all gradients (data parallelism with a sharded
-optimizer, as in ZeRO, Rajbhandari et al. 2020): whole matrices where Muon does it, else an equal
-stretch of memory. Sums are always taken in the same order: the result depends on the number of
-cores, but not on their timing.
+tinygrad runs the kernels of a CPU one after the other, but a kernel call releases Python's lock: so
+Python threads, one per core, run them side by side. Every core gets an equal part of each batch.
+The weights exist once, in one flat piece of memory that all cores read; each core writes its own
+flat gradients, and after that updates its own part of the weights from the mean of all gradients
+(data parallelism with a sharded optimizer, as in ZeRO, Rajbhandari et al. 2020): whole matrices
+where Muon does it, else an equal stretch of memory. Sums are always taken in the same order: the
+result depends on the number of cores, but not on their timing.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from tinygrad import Context, Tensor, dtypes
 
 from tinygpt.checkpoint import training_state
-from tinygpt.config import RunConfig
+from tinygpt.config import RunConfig, TrainConfig
 from tinygpt.launch import Launcher
 from tinygpt.model import build_model, cross_entropy, dropout_seed
 from tinygpt.optimizer import (
@@ -41,7 +41,7 @@ ALIGNMENT = 16  # floats, a cache line: tinygrad's vectorized kernels want align
 
 
 class Memory:
-    """Named float32 arrays side by side in one, seen by numpy and by tensors on any CPU device."""
+    """Named float32 arrays side by side in one, seen by numpy and by tensors."""
 
     def __init__(self, shapes: dict[str, tuple[int, ...]]):
         self.shapes, self.offsets, end = shapes, dict[str, int](), 0
@@ -56,22 +56,36 @@ class Memory:
         start, shape = self.offsets[name], self.shapes[name]
         return self.array[start : start + math.prod(shape)].reshape(shape)
 
-    def tensor(self, name: str, device: str) -> Tensor:
-        return on_device(self.view(name), device)
+    def tensor(self, name: str) -> Tensor:
+        return as_tensor(self.view(name))
 
-    def tensors(self, device: str) -> dict[str, Tensor]:
-        return {name: self.tensor(name, device) for name in self.shapes}
+    def tensors(self) -> dict[str, Tensor]:
+        return {name: self.tensor(name) for name in self.shapes}
 
-    def part(self, start: int, end: int, device: str) -> Tensor:
+    def part(self, start: int, end: int) -> Tensor:
         """The floats from `start` to `end`, whatever they are of."""
-        return on_device(self.array[start:end], device)
+        return as_tensor(self.array[start:end])
 
 
-def on_device(array: NDArray[Any], device: str) -> Tensor:
-    """A tensor on a CPU device over the memory of `array`, which must outlive it."""
+def as_tensor(array: NDArray[Any]) -> Tensor:
+    """A tensor on the CPU over the memory of `array`, which must outlive it."""
     known = {"float32": dtypes.float, "int32": dtypes.int, "uint32": dtypes.uint32}
     dtype = known[str(array.dtype)]
-    return Tensor.from_blob(array.ctypes.data, array.shape, dtype=dtype, device=device)
+    return Tensor.from_blob(array.ctypes.data, array.shape, dtype=dtype, device="CPU")
+
+
+class Core:
+    """What one core reads and writes for itself, but for intermediate results."""
+
+    def __init__(self, shapes: dict[str, tuple[int, ...]], batch: tuple[int, int]):
+        self.gradients = Memory(shapes)
+        self.x, self.y = np.zeros(batch, np.int32), np.zeros(batch, np.int32)
+        self.loss, self.seed = np.zeros(1, np.float32), np.zeros(1, np.uint32)
+
+    def addresses(self) -> list[int]:
+        arrays = [self.x, self.y, self.loss, self.seed]
+        arrays += [self.gradients.view(name) for name in self.gradients.shapes]
+        return [array.ctypes.data for array in arrays]
 
 
 class ParallelTrainer:
@@ -88,112 +102,112 @@ class ParallelTrainer:
         self.weights, self.m, self.v = (Memory(shapes) for _ in range(3))
         for name, tensor in initial.items():
             self.weights.view(name)[:] = tensor.numpy()
-        self.gradients = [Memory(shapes) for _ in range(cores)]
+        self.model.use(self.weights.tensors())
+        batch = c.batch_size // cores, config.model.block_size
+        self.cores = [Core(shapes, batch) for _ in range(cores)]
         self.rates, self.norms = step_rates(0, c), np.zeros(cores, np.float32)
-        self.replicas = [Replica(self, config, core) for core in range(cores)]
-        self.model.use(self.weights.tensors("CPU"))
-        self.config, self.devices = c, [replica.device for replica in self.replicas]
+        # One launcher for each core, or at first for the first core alone.
+        self.launchers: dict[str, list[Launcher]] = {}
+        self._add_model_phases()
+        for core in range(cores):
+            self._add_update_phases(c, core)
+        self.config, self.devices = c, ["CPU"] * cores
         inner = {name for name, group in self.groups.items() if group.orthogonalized}
-        v = {name: v for name, v in self.v.tensors("CPU").items() if name not in inner}
-        moments = moments_by_name(self.m.tensors("CPU"), v)
+        v = {name: v for name, v in self.v.tensors().items() if name not in inner}
+        moments = moments_by_name(self.m.tensors(), v)
         self.state = training_state(self.model.parameters(), moments)
         self.pool = ThreadPoolExecutor(cores)
 
     def step(self, x: Tokens, y: Tokens, iteration: int) -> None:
         self._feed(x, y)
         self.rates[:] = step_rates(iteration, self.config)
-        for core, replica in enumerate(self.replicas):
-            replica.seed[:] = step_seed(iteration, self.config, core)
+        for number, core in enumerate(self.cores):
+            core.seed[:] = step_seed(iteration, self.config, number)
         for phase in self.PHASES:
             self._run(phase)
 
     def train_loss(self) -> float:
-        return float(np.mean([replica.loss for replica in self.replicas]))
+        return float(np.mean([core.loss for core in self.cores]))
 
     def evaluate(self, x: Tokens, y: Tokens) -> float:
         self._feed(x, y)
         self._run("evaluation")
-        return float(np.mean([replica.loss for replica in self.replicas]))
+        return float(np.mean([core.loss for core in self.cores]))
 
     def _feed(self, x: Tokens, y: Tokens) -> None:
-        parts = zip(np.split(x, len(self.replicas)), np.split(y, len(self.replicas)), strict=True)
-        for replica, (x_part, y_part) in zip(self.replicas, parts, strict=True):
-            replica.x[:], replica.y[:] = x_part, y_part
+        parts = zip(np.split(x, len(self.cores)), np.split(y, len(self.cores)), strict=True)
+        for core, (x_part, y_part) in zip(self.cores, parts, strict=True):
+            core.x[:], core.y[:] = x_part, y_part
 
     def _run(self, phase: str) -> None:
-        """Runs a phase on every core and waits; compiles it first, for one core after the other."""
-        launchers = [replica.phases[phase] for replica in self.replicas]
-        if not all(launcher.calls for launcher in launchers):
+        """Runs a phase on every core and waits; the first time compiles it, core after core."""
+        launchers = self.launchers[phase]
+        if not launchers[0].calls:
             for launcher in launchers:
                 launcher()
+            here, others = self.cores[0].addresses(), self.cores[len(launchers) :]
+            for core in others:
+                moved = dict(zip(here, core.addresses(), strict=True))
+                launchers.append(launchers[0].over(moved))
+                launchers[-1]()
             return
         waiting = [self.pool.submit(launcher) for launcher in launchers[1:]]
         launchers[0]()
         for future in waiting:
             future.result()
 
+    def _add(self, *phases: Callable[[], None]) -> None:
+        for phase in phases:
+            self.launchers.setdefault(phase.__name__, []).append(Launcher(phase, "CPU"))
 
-class Replica:
-    """One core's model and its phases of a step; all it reads and writes is shared memory."""
-
-    def __init__(self, trainer: ParallelTrainer, config: RunConfig, core: int):
-        c, self.device = config.train, f"CPU:{core}" if core else "CPU"
-        cores = len(trainer.gradients)
-        self.model = build_model(config.model, None)
-        self.model.use(trainer.weights.tensors(self.device))
-        shape = (c.batch_size // cores, config.model.block_size)
-        self.x, self.y = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
-        self.loss, self.seed = np.zeros(1, np.float32), np.zeros(1, np.uint32)
-        x, y = on_device(self.x, self.device), on_device(self.y, self.device)
-        loss, seed = on_device(self.loss, self.device), on_device(self.seed, self.device)
-        parameters = self.model.parameters()
-        gradients = trainer.gradients[core].tensors(self.device)
+    def _add_model_phases(self) -> None:
+        """Of the first core: the others run the same kernels over their memory."""
+        first, parameters = self.cores[0], self.model.parameters()
+        x, y, loss, seed = map(as_tensor, (first.x, first.y, first.loss, first.seed))
+        stored = first.gradients.tensors()
 
         @Context(TRAINING=1)
-        def compute_gradients() -> None:
+        def gradients() -> None:
             with dropout_seed(seed):
                 value = self.model(x, y)[1]
             assert value is not None
             new = value.gradient(*parameters.values())
-            stores = [gradients[n].assign(g) for n, g in zip(parameters, new, strict=True)]
+            stores = [stored[n].assign(g) for n, g in zip(parameters, new, strict=True)]
             Tensor.realize(loss.assign(value.reshape(1)), *stores)
 
-        def evaluate() -> None:
+        def evaluation() -> None:
             value = cross_entropy(self.model.logits(x), y)
             loss.assign(value.reshape(1)).realize()
 
-        spans, matrices = shares(trainer.weights, trainer.groups, cores)[core]
+        self._add(gradients, evaluation)
+
+    def _add_update_phases(self, c: TrainConfig, core: int) -> None:
+        spans, matrices = shares(self.weights, self.groups, len(self.cores))[core]
 
         def parts(memory: Memory) -> dict[str, Tensor]:
-            stretches = {str(g): memory.part(*span, self.device) for g, span in spans.items()}
-            return stretches | {name: memory.tensor(name, self.device) for name in matrices}
+            stretches = {str(g): memory.part(*span) for g, span in spans.items()}
+            return stretches | {name: memory.tensor(name) for name in matrices}
 
-        all_gradients = [parts(memory) for memory in trainer.gradients]
-        groups = {str(g): g for g in spans} | {name: trainer.groups[name] for name in matrices}
-        own = parts(trainer.weights)
-        optimizer = Optimizer(own, c, groups, parts(trainer.m), parts(trainer.v))
-        norms, rates = on_device(trainer.norms, self.device), on_device(trainer.rates, self.device)
-        norm = on_device(trainer.norms[core : core + 1], self.device)
+        mean, *others = (parts(core.gradients) for core in self.cores)  # the first becomes the mean
+        groups = {str(g): g for g in spans} | {name: self.groups[name] for name in matrices}
+        own = parts(self.weights)
+        optimizer = Optimizer(own, c, groups, parts(self.m), parts(self.v))
+        norms, rates = as_tensor(self.norms), as_tensor(self.rates)
+        norm = as_tensor(self.norms[core : core + 1])
 
         def average() -> None:
-            mean, *others = all_gradients  # the first core's becomes the mean
             if others:
+                count = len(self.cores)
                 Tensor.realize(
-                    *(mean[n].assign((mean[n] + sum(g[n] for g in others)) / cores) for n in own)
+                    *(mean[n].assign((mean[n] + sum(g[n] for g in others)) / count) for n in own)
                 )
             norm.assign(global_norm(list(mean.values())).reshape(1)).realize()
 
         def update() -> None:
             scale = clip_coefficient(global_norm([norms]), c.grad_clip).contiguous()
-            Tensor.realize(*optimizer.schedule_step(all_gradients[0], scale, rates))
+            Tensor.realize(*optimizer.schedule_step(mean, scale, rates))
 
-        phases = {
-            "gradients": compute_gradients,
-            "average": average,
-            "update": update,
-            "evaluation": evaluate,
-        }
-        self.phases = {name: Launcher(phase, self.device) for name, phase in phases.items()}
+        self._add(average, update)
 
 
 Spans = dict[Group, tuple[int, int]]

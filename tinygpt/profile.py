@@ -73,8 +73,7 @@ def profile(trainer: Trainer, config: RunConfig) -> str:
 
 def kernel_times(trainer: ParallelTrainer) -> Iterable[Row]:
     """The first core's kernels, alone and in their order, medians over the steps."""
-    phases = trainer.replicas[0].phases
-    calls = [call for name in trainer.PHASES for call in phases[name].calls]
+    calls = [call for name in trainer.PHASES for call in trainer.launchers[name][0].calls]
     times = np.zeros((STEPS, len(calls)))
     for i in range(STEPS):
         for j, call in enumerate(calls):

@@ -14,6 +14,7 @@ from tinygrad.helpers import tqdm
 from tinygpt.batches import evaluation_batches, sample_blocks
 from tinygpt.checkpoint import training_state
 from tinygpt.config import InputError, RunConfig
+from tinygpt.launch import called_directly
 from tinygpt.model import LanguageModel, build_model, cross_entropy, dropout_seed
 from tinygpt.optimizer import (
     AdamW,
@@ -95,7 +96,7 @@ def choose_trainer(config: RunConfig) -> Trainer:
     wanted, batch_size = config.train.devices, config.train.batch_size
     if wanted and batch_size % wanted:
         raise InputError(f"devices {wanted} do not divide batch_size {batch_size}; they must")
-    if Device.DEFAULT != "CPU":
+    if Device.DEFAULT != "CPU" or not called_directly("CPU"):
         return OneDevice(config)
     cores = range(1, (os.cpu_count() or 1) + 1)
     return ParallelTrainer(config, wanted or max(n for n in cores if batch_size % n == 0))
