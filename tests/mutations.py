@@ -212,11 +212,15 @@ FAULTS = [
     ),
     Fault(
         "two cores update the first core's matrices", MUON_ON_TWO_CORES, "parallel.py",
-        "cores)[core]", "cores)[0]",
+        "self.cores))[core]", "self.cores))[0]",
     ),
     Fault(
         "the cores' gradients are added up, not averaged", TWO_CORES, "parallel.py",
-        ") / cores) for", ")) for",
+        ") / count) for", ")) for",
+    ),
+    Fault(
+        "all cores read the first core's part of a batch", TWO_CORES, "launch.py",
+        "starts.get(start, start) - start", "0",
     ),
     Fault(
         "each core clips by the norm of its own part", TWO_CORES, "parallel.py",
