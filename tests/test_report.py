@@ -50,7 +50,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("work")
     (folder / "text.txt").write_text(SONNETS)
     (folder / "hostile.txt").write_text(HOSTILE * 40, newline="")
-    gpt = f"{SMALL} {TINY_GPT} --n-layer 2 --n-head 2 --max-iters 120"
+    gpt = f"--preset micro {SMALL} {TINY_GPT} --n-layer 2 --n-head 2 --max-iters 120"
     for name, flags in {
         "gpt": f"--data text.txt {gpt}",
         "bigram": f"--data text.txt --preset bigram {SMALL} --max-iters 60",

@@ -261,7 +261,7 @@ class Preset:
 # Jordan's modded-nanogpt, whose speed records found most of it.
 MODERN: dict[str, Any] = dict(
     activation="relu2", tie_weights=False, position="rotary", norm="rms", qk_norm=True,
-    logit_softcap=15.0, zero_init=True, attn_dropout=0.0,
+    logit_softcap=15.0, attn_dropout=0.0,
 )  # fmt: skip
 MUON = TrainConfig(
     optimizer="muon", learning_rate=0.02, embedding_lr=0.02, head_lr=0.004, schedule="linear",
@@ -285,7 +285,7 @@ PRESETS = {
     "fast": Preset(
         "val loss 1.88, that of micro, as soon as possible",
         dict(block_size=64, n_layer=3, n_head=4, n_embd=128, **MODERN),
-        replace(MUON, batch_size=24, max_iters=220, warmup_iters=20, warmdown_iters=110),
+        replace(MUON, batch_size=24, max_iters=180, warmup_iters=20, warmdown_iters=100),
     ),
     "laptop": Preset(
         "the best text for about two minutes of two cores",
@@ -294,7 +294,9 @@ PRESETS = {
     ),
     "record": Preset(
         "below nanoGPT's best val loss on a GPU, 1.4697, in a quarter of an hour",
-        dict(block_size=256, n_layer=4, n_head=6, n_embd=192, dropout=0.1, **MODERN),
+        dict(
+            block_size=256, n_layer=4, n_head=6, n_embd=192, dropout=0.1, zero_init=True, **MODERN
+        ),
         replace(MUON, batch_size=12, max_iters=2000),
     ),
     "baby": Preset(
