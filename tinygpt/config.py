@@ -285,7 +285,7 @@ PRESETS = {
     "fast": Preset(
         "val loss 1.88, that of micro, as soon as possible",
         dict(block_size=64, n_layer=3, n_head=4, n_embd=128, **MODERN),
-        replace(MUON, batch_size=24, max_iters=180, warmup_iters=20, warmdown_iters=100),
+        replace(MUON, batch_size=24, max_iters=200, warmup_iters=20, warmdown_iters=110),
     ),
     "laptop": Preset(
         "the best text for about two minutes of two cores",
