@@ -15,7 +15,7 @@ from tinygpt.sampling import sample_tokens
 from tinygpt.trainer import training_step
 
 TINY = GPTConfig(block_size=8, vocab_size=11, n_layer=2, n_head=2, n_embd=8)
-MODERN_TINY = replace(TINY, **MODERN)
+MODERN_TINY = replace(TINY, zero_init=True, **MODERN)
 
 
 def random_tokens(batch: int, time: int, vocab_size: int = 11, seed: int = 0) -> Tensor:
