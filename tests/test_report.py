@@ -43,6 +43,8 @@ HOSTILE = (
     '"\\u003c" \u2028 שלום عربي \u202e reversed \x00\x07\x1b[31m 🙂 {{data}} {{title}} ]]>\r\n\t\n'
 )
 
+GPT_RUN = f"--preset micro {SMALL} {TINY_GPT} --n-layer 2 --n-head 2 --max-iters 120"
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -50,11 +52,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("work")
     (folder / "text.txt").write_text(SONNETS)
     (folder / "hostile.txt").write_text(HOSTILE * 40, newline="")
-    gpt = f"--preset micro {SMALL} {TINY_GPT} --n-layer 2 --n-head 2 --max-iters 120"
     for name, flags in {
-        "gpt": f"--data text.txt {gpt}",
+        "gpt": f"--data text.txt {GPT_RUN}",
         "bigram": f"--data text.txt --preset bigram {SMALL} --max-iters 60",
-        "hostile": f"--data hostile.txt {gpt}",
+        "hostile": f"--data hostile.txt {GPT_RUN}",
     }.items():
         result = run(folder, "train", f"{flags} --out-dir runs/{name}")
         assert result.returncode == 0, result.stderr
@@ -177,8 +178,7 @@ def test_a_sample_at_every_evaluation_is_what_the_weights_write(folder: Path) ->
 
 
 def test_samples_survive_kill_and_resume(folder: Path) -> None:
-    shape = f"{SMALL} {TINY_GPT} --n-layer 2 --n-head 2"
-    flags = f"--data text.txt {shape} --max-iters 120 --out-dir runs/killed"
+    flags = f"--data text.txt {GPT_RUN} --out-dir runs/killed"
     interrupt(folder, flags, 9, '"iteration": 90,')
     (folder / "runs/killed/samples.jsonl").write_text(  # as if killed between sample and checkpoint
         (folder / "runs/killed/samples.jsonl").read_text()
