@@ -84,3 +84,16 @@ def test_the_same_kernels_over_other_memory() -> None:
     write(weight, np.array([1, 1], np.float32))
     other()
     assert there[1].tolist() == [3 * 650 + 11, 3 * 870 + 15]
+
+
+@pytest.mark.skipif(Device.DEFAULT != "CPU", reason="other devices leave it to TinyJit")
+@pytest.mark.parametrize("size", [1, 3])
+def test_new_memory_of_any_size(size: int) -> None:
+    """Results are written anew, here 4 or 12 bytes of them; the first ones stay as they are."""
+    x = tensor([2.0] * size)
+    launch = Launcher(lambda: (x * x).realize(), "CPU")
+    first = launch()
+    other = launch.over({})
+    write(x, np.full(size, 3, np.float32))
+    assert other() is None
+    assert read(first).tolist() == [4.0] * size and read(launch()).tolist() == [9.0] * size

@@ -81,13 +81,16 @@ class Launcher:
         """The same kernels over other memory, to run at the same time; after the first call.
 
         What they write gets new memory, what they only read is shared, but for arrays in `moved`:
-        it maps the address of an array here to the address of its counterpart there.
+        it maps the address of an array here to the address of its counterpart there. Calls of it
+        return None.
         """
         assert self.calls and not self.variables
         other = copy.copy(self)
+        other.result = None
         sizes = {start: size for start, size in self.places.values() if start in self.written}
         other.memory = {a: mmap.mmap(-1, n) for a, n in sizes.items() if a not in moved}
-        starts = moved | {a: np.frombuffer(m).ctypes.data for a, m in other.memory.items()}
+        new = {a: np.frombuffer(m, np.uint8).ctypes.data for a, m in other.memory.items()}
+        starts = moved | new
 
         def there(argument: ctypes.c_uint64) -> ctypes.c_uint64:
             start, _ = self.places.get(argument.value, (0, 0))
