@@ -204,7 +204,7 @@ def load_run(folder: Path) -> tuple[LanguageModel, Tokenizer]:
             f"{folder / TOKENIZER} has {tokenizer.vocab_size} tokens, "
             f"the run's model {config.model.vocab_size}; one of them is of another run"
         )
-    model = build_model(config.model)
+    model = build_model(config.model, None)
     path = folder / BEST if (folder / BEST).exists() else folder / LAST
     arrays, _ = load_tensors(path)
     restore(path, model.parameters(), _weights(arrays))

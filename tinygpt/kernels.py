@@ -504,8 +504,8 @@ def matmul(
                     lambda m, d: rows_of_block.at(t * tile.rows + m, d),
                     lambda d, n: panels[p, d, n],
                 )
-                corner = (b * block + t * tile.rows, rows, p * tile.columns, columns)
-                with k.tile(sums, *corner) as (m, n, value):
+                row, column = b * block + t * tile.rows, p * tile.columns
+                with k.tile(sums, row, rows, column, columns) as (m, n, value):
                     value = value + s.eq(0).where(0.0, out[m, n])
                     if finish:
                         value = s.eq(steps - 1).where(finish(m, n, value), value)

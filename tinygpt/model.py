@@ -531,11 +531,6 @@ class GPT(LanguageModel):
         found.pop("rotary", None)  # it is not trained
         return found
 
-    def use(self, tensors: dict[str, Tensor]) -> None:
-        super().use(tensors)
-        if self.rotary is not None:
-            self.rotary = self.rotary.to(self.wte.weight.device).realize()
-
     @classmethod
     def from_pretrained(cls, source: str | os.PathLike[str]) -> GPT:
         """The model that others, or a run, have trained.

@@ -407,7 +407,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "file that needs no network; open it in a browser.",
         epilog="examples:\n"
         "  python -m tinygpt.report                     the newest run in runs/\n"
-        "  python -m tinygpt.report runs/micro          also while it runs, or stopped\n"
+        "  python -m tinygpt.report runs/laptop         also while it runs, or stopped\n"
         "  python -m tinygpt.report runs/A runs/B       curves, results and settings compared\n",
     )
     parser.add_argument(

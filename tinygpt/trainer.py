@@ -96,7 +96,7 @@ def choose_trainer(config: RunConfig) -> Trainer:
     wanted, batch_size = config.train.devices, config.train.batch_size
     if wanted and batch_size % wanted:
         raise InputError(f"devices {wanted} do not divide batch_size {batch_size}; they must")
-    if Device.DEFAULT != "CPU" or not called_directly("CPU"):
+    if not called_directly(Device.DEFAULT):
         return OneDevice(config)
     cores = range(1, (os.cpu_count() or 1) + 1)
     return ParallelTrainer(config, wanted or max(n for n in cores if batch_size % n == 0))
