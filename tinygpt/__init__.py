@@ -4,7 +4,7 @@ from tinygpt.device import prepare as prepare_device
 
 prepare_device()  # before anything else looks for a device
 
-from tinygpt.program_cache import install  # noqa: E402
+from tinygpt.programs import install  # noqa: E402
 
 install()
 

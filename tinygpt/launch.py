@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
-from tinygrad import Context, Tensor, TinyJit, UOp
+from tinygrad import Tensor, TinyJit, UOp
 from tinygrad.engine.realize import get_runtime, resolve_params
 from tinygrad.helpers import DEV
 from tinygrad.uop.ops import Ops
@@ -71,8 +71,7 @@ class Launcher:
         if not self.on_cpu:
             return self.jit(*bound)
         self.jit.cnt = 1  # capture now: all memory is in its place, a run before adds nothing
-        with Context(PARALLEL=0):  # processes that compile take longer to start than these kernels
-            self.result = self.jit(*bound)
+        self.result = self.jit(*bound)
         for call in self.jit.captured.linear.src:
             self.calls += self._prepared(call)
         return self.result
