@@ -366,8 +366,11 @@ class Block:
         rotary: Tensor | None = None,
         cache: Tensor | None = None,
         position: int | UOp = 0,
+        only_last: bool = False,
     ) -> Tensor:
         x = x + self.attn(self.ln_1(x), rotary, cache, position)
+        if only_last:  # of T; from here on every position is by itself
+            x = x[:, -1:].contiguous()
         return x + self.mlp(self.ln_2(x))
 
 
@@ -551,13 +554,13 @@ class GPT(LanguageModel):
 
     def last_logits(self, idx: Tensor) -> Tensor:
         """Those of the token that follows idx (B, T), (B, V): the others are not computed."""
-        return self._head(self._stream(idx)[:, -1:].contiguous())[:, 0]
+        return self._head(self._stream(idx, only_last=True))[:, 0]
 
-    def _stream(self, idx: Tensor) -> Tensor:
-        """The residual stream behind the last block, (B, T, C)."""
+    def _stream(self, idx: Tensor, only_last: bool = False) -> Tensor:
+        """The residual stream behind the last block: (B, T, C), or (B, 1, C) of the last token."""
         x = self.embed(idx)
         for block in self.h:
-            x = block(x, self.rotary)
+            x = block(x, self.rotary, only_last=only_last and block is self.h[-1])
         return x
 
     def embed(self, idx: Tensor) -> Tensor:
