@@ -15,7 +15,7 @@ from tinygpt.sampling import sample_tokens
 from tinygpt.trainer import training_step
 
 TINY = GPTConfig(block_size=8, vocab_size=11, n_layer=2, n_head=2, n_embd=8)
-MODERN_TINY = replace(TINY, zero_init=True, **MODERN)
+MODERN_TINY = replace(TINY, **MODERN)
 
 
 def random_tokens(batch: int, time: int, vocab_size: int = 11, seed: int = 0) -> Tensor:
@@ -72,11 +72,6 @@ def test_parameters_of_a_modern_model() -> None:
     expected = ["wte.weight", *(f"h.0.{n}.weight" for n in names), "lm_head.weight"]
     assert list(model.parameters()) == expected
     assert model.num_parameters() == 2 * 11 * 8 + 12 * 8 * 8
-    for name, p in model.parameters().items():
-        starts_at_zero = "c_proj" in name or name == "lm_head.weight"
-        assert (p.numpy() == 0).all() == starts_at_zero, name
-    _, loss = model(random_tokens(1, 8), random_tokens(1, 8))
-    assert loss is not None and loss.item() == pytest.approx(math.log(11), rel=1e-6)
 
 
 def test_soft_capped_logits_stay_within_the_cap() -> None:

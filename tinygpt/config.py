@@ -86,9 +86,6 @@ class GPTConfig:
     logit_softcap: float = _setting(
         "logits stay within this, by cap * tanh(logit / cap); 0 for no limit", default=0.0
     )
-    zero_init: bool = _setting(
-        "output projections and an untied output layer start at zero", default=False
-    )
 
     def __post_init__(self) -> None:
         _check_whole(self, 1, "block_size", "vocab_size", "n_layer", "n_head", "n_embd")
@@ -294,9 +291,7 @@ PRESETS = {
     ),
     "record": Preset(
         "below nanoGPT's best val loss on a GPU, 1.4697, in a quarter of an hour",
-        dict(
-            block_size=256, n_layer=4, n_head=6, n_embd=192, dropout=0.1, zero_init=True, **MODERN
-        ),
+        dict(block_size=256, n_layer=4, n_head=6, n_embd=192, dropout=0.1, **MODERN),
         replace(MUON, batch_size=12, max_iters=2000),
     ),
     "baby": Preset(

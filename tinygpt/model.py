@@ -375,9 +375,8 @@ class Block:
 
 
 def residual_std(config: GPTConfig) -> float:
-    """GPT-2 shrinks the layers that add to the residual stream, two per block, to keep its size;
-    from zero every block starts as if it were not there."""
-    return 0.0 if config.zero_init else INIT_STD / math.sqrt(2 * config.n_layer)
+    """GPT-2 shrinks the layers that add to the residual stream, two per block, to keep its size."""
+    return INIT_STD / math.sqrt(2 * config.n_layer)
 
 
 # Models -------------------------------------------------------------------------------------------
@@ -526,8 +525,7 @@ class GPT(LanguageModel):
         self.h = [Block(c, rng) for _ in range(c.n_layer)]
         self.ln_f = make_norm(c)
         if not c.tie_weights:
-            std = 0.0 if c.zero_init else INIT_STD
-            self.lm_head = Linear(c.n_embd, c.vocab_size, rng, std=std)
+            self.lm_head = Linear(c.n_embd, c.vocab_size, rng)
 
     def parameters(self) -> dict[str, Tensor]:
         found = super().parameters()
