@@ -386,7 +386,7 @@ def test_what_nanogpt_cannot_build(tmp_path: Path) -> None:
     [
         ({"position": "rotary"}, "position rotary"),
         ({"norm": "rms"}, "norm rms"),
-        ({"qk_norm": True, "logit_softcap": 15.0}, "qk_norm True, logit_softcap 15.0"),
+        ({"qk_norm": True, "norm": "rms"}, "norm rms, qk_norm True"),
         ({"activation": "relu2"}, "activation relu2"),
     ],
 )

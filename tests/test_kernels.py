@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -79,20 +78,17 @@ def upstream(*shape: int) -> Array:
 
 # Linear -------------------------------------------------------------------------------------------
 
-CAP = 2.5  # a number in the place of an activation caps softly
-FORWARD: dict[Activation | float, Any] = {
+FORWARD: dict[Activation, Any] = {
     "gelu": ref.gelu,
     "gelu_tanh": ref.gelu_tanh,
     "relu": ref.relu,
     "relu2": ref.relu2,
-    CAP: partial(ref.softcap, cap=CAP),
 }
-BACKWARD: dict[Activation | float, Any] = {
+BACKWARD: dict[Activation, Any] = {
     "gelu": ref.gelu_backward,
     "gelu_tanh": ref.gelu_tanh_backward,
     "relu": ref.relu_backward,
     "relu2": ref.relu2_backward,
-    CAP: partial(ref.softcap_backward, cap=CAP),
 }
 
 
@@ -100,7 +96,7 @@ def check_linear(
     rows: int,
     outs: int,
     ins: int,
-    activation: Activation | float | None = None,
+    activation: Activation | None = None,
     bias: bool = False,
     dropout: Dropout | None = None,
 ) -> None:
@@ -146,7 +142,7 @@ def test_linear(rows: int, outs: int, ins: int) -> None:
 
 
 @pytest.mark.parametrize("activation", [None, *FORWARD])
-def test_linear_with_everything(activation: Activation | float | None) -> None:
+def test_linear_with_everything(activation: Activation | None) -> None:
     check_linear(6, 21, 34, activation, bias=True, dropout=Dropout(SEED, 0.3))
 
 
@@ -160,8 +156,8 @@ def test_linear_of_any_shape(rows: int, outs: int, ins: int) -> None:
     check_linear(rows, outs, ins)
 
 
-@pytest.mark.parametrize("activation", [*FORWARD, 15.0])
-def test_activations_over_their_whole_range(activation: Activation | float) -> None:
+@pytest.mark.parametrize("activation", FORWARD)
+def test_activations_over_their_whole_range(activation: Activation) -> None:
     """Value and slope, each to a few roundings of 1, or of the value where that is larger.
 
     Abramowitz & Stegun's erf adds 1.5e-7 / 2, about a rounding of 1, times x.
@@ -172,22 +168,11 @@ def test_activations_over_their_whole_range(activation: Activation | float) -> N
     y = kernels.linear(activation=activation, **tensors)
     slope = y.sum().gradient(tensors["x"])[0]
     with np.errstate(over="ignore"):
-        if isinstance(activation, float):
-            expected = ref.softcap(x, activation)
-            expected_slope = ref.softcap_backward(np.ones_like(x), x, activation)
-        else:
-            expected = FORWARD[activation](x)
-            expected_slope = BACKWARD[activation](np.ones_like(x), x)
+        expected = FORWARD[activation](x)
+        expected_slope = BACKWARD[activation](np.ones_like(x), x)
     size, slope_size = np.maximum(1.0, np.abs(expected)), np.maximum(1.0, np.abs(expected_slope))
     assert (np.abs(y.numpy() - expected) / size).max() <= 8 * ROUNDOFF
     assert (np.abs(slope.numpy() - expected_slope) / slope_size).max() <= 8 * ROUNDOFF
-
-
-def test_a_soft_cap_leaves_small_numbers_alone() -> None:
-    """To a few roundings of the number itself, however small: logits begin near 0."""
-    x = np.geomspace(1e-6, 12, 1001).astype(np.float32).astype(np.float64)[:, None]
-    y = kernels.linear(tensor(x), tensor(np.ones((1, 1))), activation=15.0).numpy()
-    assert (np.abs(y / ref.softcap(x, 15.0) - 1)).max() <= 4 * ROUNDOFF
 
 
 # Attention ----------------------------------------------------------------------------------------

@@ -74,13 +74,6 @@ def test_parameters_of_a_modern_model() -> None:
     assert model.num_parameters() == 2 * 11 * 8 + 12 * 8 * 8
 
 
-def test_soft_capped_logits_stay_within_the_cap() -> None:
-    model = GPT(replace(TINY, logit_softcap=2.0))
-    model.wte.weight.assign(model.wte.weight * 1e4).realize()
-    logits = model(random_tokens(2, 8))[0].numpy()
-    assert 1.9 < np.abs(logits).max() <= 2.0
-
-
 def test_number_of_parameters() -> None:
     c, config = 128, GPTConfig(block_size=64, vocab_size=65, n_layer=4, n_head=4, n_embd=128)
     assert GPT(config).num_parameters() == 65 * c + 4 * 12 * c * c + 9 * c  # norms: 2 a layer + 1
@@ -160,7 +153,6 @@ def test_wrong_targets(model: GPT) -> None:
         ({"activation": "tanh"}, "activation is 'tanh'"),
         ({"position": "none"}, "position is 'none'; it must be one of learned, rotary"),
         ({"position": "rotary", "n_embd": 6}, "n_embd / n_head is 3"),
-        ({"logit_softcap": -1.0}, "logit_softcap is -1.0"),
         ({"attn_dropout": 1.0}, "attention_dropout is 1.0"),
     ],
 )

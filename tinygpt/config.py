@@ -83,9 +83,6 @@ class GPTConfig:
         default="layer",
     )
     qk_norm: bool = _setting("RMS norm of each query and key", default=False)
-    logit_softcap: float = _setting(
-        "logits stay within this, by cap * tanh(logit / cap); 0 for no limit", default=0.0
-    )
 
     def __post_init__(self) -> None:
         _check_whole(self, 1, "block_size", "vocab_size", "n_layer", "n_head", "n_embd")
@@ -103,10 +100,6 @@ class GPTConfig:
             f"n_embd / n_head is {self.n_embd // self.n_head}; rotary positions turn pairs of "
             "channels, so it must be even",
         )
-        _check(
-            0 <= self.logit_softcap < math.inf,
-            f"logit_softcap is {self.logit_softcap}; it must be 0 or more, and finite",
-        )
 
     @property
     def attention_dropout(self) -> float:
@@ -114,7 +107,7 @@ class GPTConfig:
 
     def beyond_gpt2(self) -> list[str]:
         """The settings that GPT-2's own formats have no place for; dropout aside."""
-        names = ("position", "norm", "qk_norm", "logit_softcap")
+        names = ("position", "norm", "qk_norm")
         defaults = {f.name: f.default for f in fields(self)}
         found = [n for n in names if getattr(self, n) != defaults[n]]
         return found + (["activation"] if self.activation == "relu2" else [])
@@ -258,7 +251,7 @@ class Preset:
 # Jordan's modded-nanogpt, whose speed records found most of it.
 MODERN: dict[str, Any] = dict(
     activation="relu2", tie_weights=False, position="rotary", norm="rms", qk_norm=True,
-    logit_softcap=15.0, attn_dropout=0.0,
+    attn_dropout=0.0,
 )  # fmt: skip
 MUON = TrainConfig(
     optimizer="muon", learning_rate=0.02, embedding_lr=0.02, head_lr=0.004, schedule="linear",

@@ -357,29 +357,7 @@ def relu2(x: UOp) -> tuple[UOp, UOp]:
     return positive * positive, 2.0 * positive
 
 
-# tanh(u) / u - 1 over u^2, for |u| < 0.625, highest power first (Cephes' tanhf, Moshier 1992).
-TANH = (-5.70498872745e-3, 2.06390887954e-2, -5.37397155531e-2, 1.33314422036e-1, -3.33332819422e-1)
-
-
-def softcap(x: UOp, cap: float) -> tuple[UOp, UOp]:
-    """cap tanh u with u = x / cap, and its slope, 1 - tanh^2 u."""
-    u = x * (1 / cap)
-    size = (u < 0).where(-u, u)
-    e = exp2(size * (-2 * LOG2_E))
-    large = 1.0 - 2.0 * e / (1.0 + e)
-    series: Value = TANH[0]
-    for coefficient in TANH[1:]:
-        series = series * (u * u) + coefficient
-    tanh = (size < 0.625).where(u + u * (u * u) * series, (u < 0).where(-large, large))
-    return tanh * cap, 1.0 - tanh * tanh
-
-
 ACTIVATIONS = {"gelu": gelu, "gelu_tanh": gelu_tanh, "relu": relu, "relu2": relu2}
-
-
-def activate(x: UOp, activation: Activation | float) -> tuple[UOp, UOp]:
-    """Value and slope; a number is a soft cap."""
-    return ACTIVATIONS[activation](x) if isinstance(activation, str) else softcap(x, activation)
 
 
 # Dropout ------------------------------------------------------------------------------------------
@@ -521,10 +499,10 @@ def linear_kernel(
     outs: int,
     ins: int,
     bias: bool,
-    activation: Activation | float | None,
+    activation: Activation | None,
     dropout: float,
 ) -> Program:
-    k = Kernel(f"linear_{activation}".replace(".", "_"), rows, outs, ins, bias, dropout > 0)
+    k = Kernel(f"linear_{activation}", rows, outs, ins, bias, dropout > 0)
     y, x, weight = k.output(rows, outs), k.input(rows, ins), k.input(outs, ins)
     biases = k.input(outs) if bias else None
     slopes = k.output(rows, outs) if activation else None
@@ -534,7 +512,7 @@ def linear_kernel(
         if biases:
             value = value + biases[n]
         if activation and slopes:
-            value, slopes[m, n] = activate(value, activation)
+            value, slopes[m, n] = ACTIVATIONS[activation](value)
         return mask(value, m * outs + n)
 
     if rows < 4:  # a token at a time, as in generation: copying weights would take longest
@@ -575,7 +553,7 @@ def linear(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
-    activation: Activation | float | None = None,
+    activation: Activation | None = None,
     dropout: Dropout | None = None,
 ) -> Tensor:
     """dropout(activation(x weight^T + bias)), without those that are not given.

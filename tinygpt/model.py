@@ -48,11 +48,11 @@ def linear(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
-    activation: Activation | float | None = None,
+    activation: Activation | None = None,
     dropout: float = 0.0,
 ) -> Tensor:
-    """x (..., in) @ weight (out, in) transposed + bias (out,) -> (..., out); then the activation (a
-    number is a soft cap), then dropout."""
+    """x (..., in) @ weight (out, in) transposed + bias (out,) -> (..., out); then the activation,
+    then dropout."""
     if kernels.usable(x):
         return kernels.linear(x, weight, bias, activation, seeded_dropout(dropout, x.device))
     y = x @ weight.T
@@ -93,12 +93,9 @@ def seeded_dropout(p: float, device: Any) -> kernels.Dropout | None:
     return kernels.Dropout(seed, p)
 
 
-def activate(x: Tensor, activation: Activation | float) -> Tensor:
-    """GELU (Hendrycks & Gimpel 2016), exact or through tanh, ReLU, its square (So et al. 2021), or
-    a soft cap: cap * tanh(x / cap)."""
-    if not isinstance(activation, str):
-        y = activation * (x / activation).tanh()
-    elif activation == "relu":
+def activate(x: Tensor, activation: Activation) -> Tensor:
+    """GELU (Hendrycks & Gimpel 2016), exact or through tanh; ReLU; its square (So et al. 2021)."""
+    if activation == "relu":
         y = x.relu()
     elif activation == "relu2":
         y = x.relu().square()
@@ -572,7 +569,7 @@ class GPT(LanguageModel):
 
     def _head(self, x: Tensor) -> Tensor:
         weight = self.wte.weight if self.config.tie_weights else self.lm_head.weight
-        return linear(self.ln_f(x), weight, activation=self.config.logit_softcap or None)
+        return linear(self.ln_f(x), weight)
 
     def decode(self, idx: Tensor, caches: list[Tensor], position: int | UOp) -> Tensor:
         """One step of cached generation: idx (B, 1), the token at `position` -> logits (B, V).

@@ -116,14 +116,6 @@ def test_activation(name: Activation) -> None:
     assert_operation_agrees("activation", operation, {"x": x}, y, gradients)
 
 
-def test_softcap() -> None:
-    """From far left, where nearly nothing passes, to far right."""
-    x = as_float32(np.linspace(-9, 9, 181))[:, None]
-    y, dx = ref.softcap(x, 3.0), ref.softcap_backward(upstream(x.shape), x, 3.0)
-    operation = partial(linear, weight=Tensor([[1.0]]), activation=3.0)
-    assert_operation_agrees("activation", operation, {"x": x}, y, {"x": dx})
-
-
 @pytest.mark.parametrize("qk_norm, rotary", [(True, False), (False, True), (True, True)])
 @pytest.mark.parametrize("B, T, H, D", [(1, 1, 1, 2), (2, 5, 3, 2), (1, 17, 1, 10)])
 def test_causal_attention(B: int, T: int, H: int, D: int, qk_norm: bool, rotary: bool) -> None:

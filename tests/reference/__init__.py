@@ -50,8 +50,6 @@ from .layers import (
     relu_backward,
     rms_norm,
     rms_norm_backward,
-    softcap,
-    softcap_backward,
     softmax,
     softmax_backward,
 )
@@ -131,8 +129,6 @@ __all__ = [
     "rms_norm_backward",
     "rotate",
     "sample",
-    "softcap",
-    "softcap_backward",
     "softmax",
     "softmax_backward",
 ]

@@ -109,16 +109,6 @@ def rms_norm_backward(dy: Array, x: Array, eps: float = 1e-6) -> Array:
     return r * (dy - x * r * (dy * x * r).mean(axis=-1, keepdims=True))
 
 
-def softcap(x: Array, cap: float) -> Array:
-    """y = cap tanh(x / cap): nearly x where x is small, never beyond the cap."""
-    return cap * np.tanh(x / cap)
-
-
-def softcap_backward(dy: Array, x: Array, cap: float) -> Array:
-    """dx = dy (1 - tanh(x / cap)^2)."""
-    return dy * (1 - np.tanh(x / cap) ** 2)
-
-
 def relu2(x: Array) -> Array:
     """y = max(x, 0)^2 (So et al. 2021)."""
     return np.maximum(x, 0) ** 2

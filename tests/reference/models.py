@@ -9,8 +9,8 @@ A mask that is absent drops nothing.
 
 What a model is made of shows in its parameters: without `wpe.weight` positions are rotary; without
 layer norms' weights the norms are RMS norms, and one more follows the embedding; a model without
-`lm_head.weight` is tied. What no parameter tells is given as arguments: activation, qk_norm (RMS
-norm of queries and keys) and softcap (of the logits, 0 for none).
+`lm_head.weight` is tied. What no parameter tells is given as arguments: activation and qk_norm
+(RMS norm of queries and keys).
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from types import MappingProxyType
 
 import numpy as np
 
-from . import layers
 from .attention import attention, attention_backward
 from .layers import (
     Array,
@@ -45,7 +44,6 @@ from .layers import (
     relu_backward,
     rms_norm,
     rms_norm_backward,
-    softcap_backward,
 )
 
 Parameters = Mapping[str, Array]
@@ -262,20 +260,15 @@ def gpt(
     activation: str = "gelu_tanh",
     masks: Parameters = NO_MASKS,
     qk_norm: bool = False,
-    softcap: float = 0.0,
 ) -> tuple[Array, float | None]:
     """GPT-2 (Radford et al. 2019): (logits (B, T, V), loss); without targets the loss is None.
 
     x = wte[idx] + wpe[0 .. T-1];  x = block_i(x) for every i;  logits = ln_f(x) W^T
-    with W = lm_head.weight, or wte.weight where the two are tied; capped last if asked for.
+    with W = lm_head.weight, or wte.weight where the two are tied.
     """
     x = _residual_stream(p, idx, n_head, activation, masks, qk_norm)[-1]
-    logits = _capped(linear(_norm(x, p, "ln_f"), p[_head_name(p)]), softcap)
+    logits = linear(_norm(x, p, "ln_f"), p[_head_name(p)])
     return logits, None if targets is None else cross_entropy(logits, targets)
-
-
-def _capped(logits: Array, cap: float) -> Array:
-    return layers.softcap(logits, cap) if cap else logits
 
 
 def gpt_backward(
@@ -286,7 +279,6 @@ def gpt_backward(
     activation: str = "gelu_tanh",
     masks: Parameters = NO_MASKS,
     qk_norm: bool = False,
-    softcap: float = 0.0,
 ) -> Gradients:
     """The gradient of the loss for every parameter, by name.
 
@@ -298,10 +290,7 @@ def gpt_backward(
     normed = _norm(stream[-1], p, "ln_f")
     head_weight = p[_head_name(p)]
 
-    free = linear(normed, head_weight)
-    dlogits = cross_entropy_backward(_capped(free, softcap), targets)
-    if softcap:
-        dlogits = softcap_backward(dlogits, free, softcap)
+    dlogits = cross_entropy_backward(linear(normed, head_weight), targets)
     dnormed, dhead, _ = linear_backward(dlogits, normed, head_weight)
     dx, gradients = _norm_backward(dnormed, stream[-1], p, "ln_f")
     for i in reversed(range(_n_layer(p))):
