@@ -240,6 +240,10 @@ FAULTS = [
         "tokens[:, -self.block_size :]", "tokens[:, : self.block_size]",
     ),
     Fault(
+        "past block_size the last block goes on with the first token", CACHE, "model.py",
+        "x = x[:, -1:].contiguous()", "x = x[:, :1].contiguous()",
+    ),
+    Fault(
         "temperature multiplies", CHOOSING, "sampling.py",
         "scores / temperature", "scores * temperature",
     ),
