@@ -3,7 +3,11 @@
 import os
 
 import pytest
+from hypothesis import HealthCheck, settings
 
+# A machine that is busy with something else makes no test fail.
+settings.register_profile("tests", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("tests")
 os.environ["TINYGPT_OFFLINE"] = "1"
 os.environ.setdefault("PARALLEL", "0")  # processes that compile take longer to start than to work
 

@@ -174,9 +174,7 @@ def hang_up(handler: BaseHTTPRequestHandler) -> None:
 @given(
     text=st.text(min_size=1).filter(lambda text: not text.startswith("\ufeff")), bom=st.booleans()
 )
-@settings(
-    suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=50, deadline=None
-)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=50)
 def test_a_file_is_read_as_it_is_but_for_a_byte_order_mark(
     tmp_path: Path, text: str, bom: bool
 ) -> None:
@@ -350,9 +348,7 @@ def test_what_is_missing_is_asked_for(server: Server) -> None:
 
 
 @given(sent=st.lists(st.integers(0, len(BODY)), max_size=3))
-@settings(
-    suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=25, deadline=None
-)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=25)
 def test_however_it_breaks_the_text_is_whole(server: Server, cache: Path, sent: list[int]) -> None:
     shutil.rmtree(cache, ignore_errors=True)
     server.requests.clear()

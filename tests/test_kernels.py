@@ -150,7 +150,7 @@ def test_linear_with_a_bias_and_few_rows() -> None:
     check_linear(2, 21, 34, "gelu", bias=True)
 
 
-@settings(max_examples=5, deadline=None, derandomize=True)
+@settings(max_examples=5, derandomize=True)
 @given(st.integers(1, 40), st.integers(1, 70), st.integers(1, 70))
 def test_linear_of_any_shape(rows: int, outs: int, ins: int) -> None:
     check_linear(rows, outs, ins)
@@ -211,7 +211,7 @@ def test_attention_with_dropout(B: int, T: int, H: int, D: int) -> None:
     check_attention(B, T, H, D, Dropout(SEED, 0.2))
 
 
-@settings(max_examples=3, deadline=None, derandomize=True)
+@settings(max_examples=3, derandomize=True)
 @given(st.integers(1, 3), st.integers(1, 70), st.integers(1, 3), st.integers(1, 40))
 def test_attention_of_any_shape(B: int, T: int, H: int, D: int) -> None:
     check_attention(B, T, H, D)

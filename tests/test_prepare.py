@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
@@ -92,7 +92,6 @@ def test_subwords_of_several_texts(tmp_path: Path, text: Path) -> None:
 
 
 @needs_gpt2
-@settings(deadline=None)  # the first example reads the vocabulary
 @given(
     text=st.text(st.sampled_from("ab1 \n\t'.\u00e9\u3000\x1c\u4e2d"), min_size=1),
     size=st.integers(1, 9),

@@ -39,7 +39,7 @@ SMOOTH = 1e-5
 sizes = st.integers(1, 5)
 seeds = st.integers(0, 2**32 - 1)
 # The same examples every run: what is tested does not change from day to day.
-few = settings(max_examples=25, deadline=None, derandomize=True)
+few = settings(max_examples=25, derandomize=True)
 fewest = settings(few, max_examples=8)
 
 

@@ -89,7 +89,7 @@ logit_rows = st.lists(
     top_p=st.none() | st.floats(0.01, 1),
     u=st.floats(0, 1, exclude_max=True),
 )
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_choosing(
     logits: list[float], temperature: float, top_k: int | None, top_p: float | None, u: float
 ) -> None:
