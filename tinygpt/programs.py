@@ -82,7 +82,8 @@ class Pool:
 
 
 def while_clang_compiles(tasks: list[Task]) -> Iterator[tuple[int, UOp]]:
-    threads, sources = ThreadPoolExecutor(os.cpu_count()), list[Future[bytes]]()
+    """As `imap_unordered`: lowers every kernel here, then puts in what clang has made of it."""
+    threads, binaries = ThreadPoolExecutor(os.cpu_count()), list[Future[bytes]]()
 
     class Ahead:
         """A compiler that begins; its results have to be put in later."""
@@ -91,7 +92,7 @@ def while_clang_compiles(tasks: list[Task]) -> Iterator[tuple[int, UOp]]:
             self.compiler = compiler
 
         def compile_cached(self, source: str) -> bytes:
-            sources.append(threads.submit(self.compiler.compile, source))
+            binaries.append(threads.submit(self.compiler.compile, source))
             return b""
 
     try:
@@ -101,9 +102,9 @@ def while_clang_compiles(tasks: list[Task]) -> Iterator[tuple[int, UOp]]:
             begins.compiler = Ahead(renderer.compiler)
             with Context(**settings):
                 programs.append(codegen.do_to_program(kernel, begins))
-        for (number, _, _), program, compiled in zip(tasks, programs, sources, strict=True):
-            binary = UOp(Ops.BINARY, arg=compiled.result())
-            yield number, program.replace(src=(*program.src[:-1], binary))
+        for (number, _, _), program, binary in zip(tasks, programs, binaries, strict=True):
+            made = UOp(Ops.BINARY, arg=binary.result())
+            yield number, program.replace(src=(*program.src[:-1], made))
     finally:
         threads.shutdown(cancel_futures=True)
 
