@@ -241,7 +241,15 @@ FAULTS = [
     ),
     Fault(
         "past block_size the last block goes on with the first token", CACHE, "model.py",
-        "x = x[:, -1:].contiguous()", "x = x[:, :1].contiguous()",
+        "x = (x[:, -1:] if", "x = (x[:, :1] if",
+    ),
+    Fault(
+        "past block_size the last block's attention is the first token's", CACHE, "kernels.py",
+        "size, first=T - 1)", "size, first=0)",
+    ),
+    Fault(
+        "past block_size a second text is read with the weights of the first", CACHE, "model.py",
+        "self.weights and not self.sliding", "self.weights and not self.packed",
     ),
     Fault(
         "temperature multiplies", CHOOSING, "sampling.py",

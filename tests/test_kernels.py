@@ -156,6 +156,23 @@ def test_linear_of_any_shape(rows: int, outs: int, ins: int) -> None:
     check_linear(rows, outs, ins)
 
 
+@pytest.mark.parametrize("rows, outs, ins", [(4, 5, 3), (9, 70, 40), (64, 96, 64), (6, 33, 521)])
+@pytest.mark.parametrize("activation", [None, "gelu"])
+def test_packed_weights(rows: int, outs: int, ins: int, activation: Activation | None) -> None:
+    """The same result, bit for bit, of the weight as it was when it was packed."""
+    x, weight, bias = (tensor(random(*shape)) for shape in ((rows, ins), (outs, ins), (outs,)))
+    weight.realize()
+    expected = kernels.linear(x, weight, bias, activation).numpy()
+    panels = kernels.pack(weight).realize()
+    weight.assign(weight + 1).realize()
+    with kernels.packed({weight.uop: panels}):
+        got = kernels.linear(x, weight, bias, activation).numpy()
+        one_row = kernels.linear(x[:1], weight, bias, activation).numpy()  # takes the weight itself
+    np.testing.assert_array_equal(got, expected)
+    assert (kernels.linear(x, weight, bias, activation).numpy() != expected).any()
+    np.testing.assert_array_equal(one_row, kernels.linear(x[:1], weight, bias, activation).numpy())
+
+
 @pytest.mark.parametrize("activation", FORWARD)
 def test_activations_over_their_whole_range(activation: Activation) -> None:
     """Value and slope, each to a few roundings of 1, or of the value where that is larger.
@@ -215,6 +232,16 @@ def test_attention_with_dropout(B: int, T: int, H: int, D: int) -> None:
 @given(st.integers(1, 3), st.integers(1, 70), st.integers(1, 3), st.integers(1, 40))
 def test_attention_of_any_shape(B: int, T: int, H: int, D: int) -> None:
     check_attention(B, T, H, D)
+
+
+@pytest.mark.parametrize(
+    "B, T, H, D", [(2, 1, 1, 3), (1, 7, 2, 5), (2, 64, 2, 32), (1, 100, 1, 70)]
+)
+def test_attention_of_the_last_position(B: int, T: int, H: int, D: int) -> None:
+    """What it is among all the others, bit for bit."""
+    qkv = tensor(random(B, T, 3 * H * D))
+    last = kernels.attention(qkv, H, only_last=True).numpy()
+    np.testing.assert_array_equal(last, kernels.attention(qkv, H)[:, -1:].numpy())
 
 
 def test_attention_never_looks_ahead() -> None:

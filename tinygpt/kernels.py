@@ -18,9 +18,10 @@ from __future__ import annotations
 import functools
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from types import MappingProxyType
 from typing import NamedTuple, TypeVar, cast
 
 from tinygrad import Device, Tensor, UOp, dtypes
@@ -412,6 +413,7 @@ def masked(k: Kernel, dropout: float) -> Callable[[UOp, UOp], UOp]:
 
 ROW_BLOCK = 128  # rows of the left matrix, which stay in the second-level cache
 DEPTH = 256  # a panel of this depth stays in the first-level cache
+FEW_ROWS = 4  # with fewer, a token at a time as in generation, copying weights would take longest
 
 
 class Left(NamedTuple):
@@ -429,11 +431,28 @@ class Left(NamedTuple):
         return Left(lambda m, d: copy[(m, d) if self.along_depth else (d, m)], self.along_depth)
 
 
+def panels_of(columns: int, depth: int) -> tuple[int, int, int, int]:
+    """The shape of the right side of a product: steps of the depth, panels as wide as a tile."""
+    steps, width = ceil_div(depth, DEPTH), register_tile().columns
+    return steps, ceil_div(columns, width), ceil_div(depth, steps), width
+
+
+def copy_panels(
+    k: Kernel, right: Binary, columns: int, depth: int, s: UOp, to: Array, place: Index
+) -> None:
+    """Step s of the depth of right(n, d), into to[place]."""
+    _, count, step, width = panels_of(columns, depth)
+    with k.loop(count) as p, k.loop(step) as d, k.loop(width) as n:
+        column, at = (p * width + n).minimum(columns - 1), s * step + d
+        value = right(column, at.minimum(depth - 1))
+        to[place, p, d, n] = (at < depth).where(value, 0.0)
+
+
 def matmul(
     k: Kernel,
     size: tuple[int, int, int],
     left: Left,
-    right: Binary,
+    right: Binary | Array,
     out: Array,
     finish: Callable[[UOp, UOp, UOp], UOp] | None = None,
     copy_left: bool = False,
@@ -442,24 +461,21 @@ def matmul(
     """Writes out[m, n] = finish(m, n, the sum over d of left(m, d) right(n, d)).
 
     In blocks that stay in the caches (Goto & van de Geijn 2008). One step of the depth after the
-    other, `right` is copied into panels as wide as a tile, and tile after tile is added to out.
-    Of a symmetric product only the tiles are computed that hold a part of the upper triangle.
+    other, `right` is copied into panels, unless it is an array of them, and tile after tile is
+    added to out. Of a symmetric product only the tiles are computed that hold a part of the upper
+    triangle.
     """
     tile, (rows, columns, depth) = register_tile(), size
-    steps, tiles, n_panels = (
-        ceil_div(depth, DEPTH),
-        ceil_div(rows, tile.rows),
-        ceil_div(columns, tile.columns),
-    )
-    step, tiles_per_block = ceil_div(depth, steps), min(tiles, ROW_BLOCK // tile.rows)
+    steps, n_panels, step, _ = panels_of(columns, depth)
+    tiles = ceil_div(rows, tile.rows)
+    tiles_per_block = min(tiles, ROW_BLOCK // tile.rows)
     block = tiles_per_block * tile.rows
-    panels = k.output(n_panels, step, tile.columns)
+    panels = right if isinstance(right, Array) else k.output(1, n_panels, step, tile.columns)
 
     with k.loop(steps) as s:
-        with k.loop(n_panels) as p, k.loop(step) as d, k.loop(tile.columns) as n:
-            column, at = (p * tile.columns + n).minimum(columns - 1), s * step + d
-            value = right(column, at.minimum(depth - 1))
-            panels[p, d, n] = (at < depth).where(value, 0.0)
+        place = s if isinstance(right, Array) else 0
+        if not isinstance(right, Array):
+            copy_panels(k, right, columns, depth, s, panels, place)
         with k.loop(ceil_div(tiles, tiles_per_block)) as b:
 
             def at_left(m: UOp, d: UOp) -> UOp:
@@ -480,7 +496,7 @@ def matmul(
                 sums = k.product(
                     step,
                     lambda m, d: rows_of_block.at(t * tile.rows + m, d),
-                    lambda d, n: panels[p, d, n],
+                    lambda d, n: panels[place, p, d, n],
                 )
                 row, column = b * block + t * tile.rows, p * tile.columns
                 with k.tile(sums, row, rows, column, columns) as (m, n, value):
@@ -501,26 +517,32 @@ def linear_kernel(
     bias: bool,
     activation: Activation | None,
     dropout: float,
+    packed: bool,
 ) -> Program:
-    k = Kernel(f"linear_{activation}", rows, outs, ins, bias, dropout > 0)
-    y, x, weight = k.output(rows, outs), k.input(rows, ins), k.input(outs, ins)
+    """With packed weights without slopes, which only gradients need."""
+    k = Kernel(f"linear_{activation}" + "_packed" * packed, rows, outs, ins, bias, dropout > 0)
+    y, x = k.output(rows, outs), k.input(rows, ins)
+    weight = k.input(*panels_of(outs, ins)) if packed else k.input(outs, ins)
     biases = k.input(outs) if bias else None
-    slopes = k.output(rows, outs) if activation else None
+    slopes = k.output(rows, outs) if activation and not packed else None
     mask = masked(k, dropout)
 
     def finish(m: UOp, n: UOp, value: UOp) -> UOp:
         if biases:
             value = value + biases[n]
-        if activation and slopes:
-            value, slopes[m, n] = ACTIVATIONS[activation](value)
+        if activation:
+            value, slope = ACTIVATIONS[activation](value)
+            if slopes:
+                slopes[m, n] = slope
         return mask(value, m * outs + n)
 
-    if rows < 4:  # a token at a time, as in generation: copying weights would take longest
+    if rows < FEW_ROWS:
         with k.loop(rows) as m, k.loop(outs) as n:
             y[m, n] = finish(m, n, k.sum(ins, lambda d: x[m, d] * weight[n, d]))
     else:
         left = Left(lambda m, d: x[m, d], along_depth=True)
-        matmul(k, (rows, outs, ins), left, lambda n, d: weight[n, d], y, finish)
+        right = weight if packed else lambda n, d: weight[n, d]
+        matmul(k, (rows, outs, ins), left, right, y, finish)
     return k.finish(2 * rows * outs * ins)
 
 
@@ -549,6 +571,37 @@ def linear_gradient_kernel(
     return k.finish(2 * rows * outs * ins)
 
 
+@functools.cache
+def pack_kernel(outs: int, ins: int) -> Program:
+    k = Kernel("pack", outs, ins)
+    panels, weight = k.output(*panels_of(outs, ins)), k.input(outs, ins)
+    with k.loop(panels.shape[0]) as s:
+        copy_panels(k, lambda n, d: weight[n, d], outs, ins, s, panels, s)
+    return k.finish(0)
+
+
+def pack(weight: Tensor) -> Tensor:
+    """A weight (out, in) in the order in which products read it, for `packed`."""
+    outs, ins = (int(n) for n in weight.shape)
+    return call(pack_kernel(outs, ins), [weight])[0]
+
+
+_panels: ContextVar[Mapping[UOp, Tensor]] = ContextVar("panels", default=MappingProxyType({}))
+
+
+@contextmanager
+def packed(panels: Mapping[UOp, Tensor]) -> Iterator[None]:
+    """Inside, `linear` takes panels[weight.uop] in place of a weight, and has no gradient.
+
+    It saves copying weights at each use: a third of a product of 64 rows.
+    """
+    token = _panels.set(panels)
+    try:
+        yield
+    finally:
+        _panels.reset(token)
+
+
 def linear(
     x: Tensor,
     weight: Tensor,
@@ -563,6 +616,7 @@ def linear(
     outs, ins = (int(n) for n in weight.shape)
     rows, p = int(x.numel()) // ins, dropout.p if dropout else 0.0
     seed = [dropout.seed] if dropout else []
+    panels = None if rows < FEW_ROWS else _panels.get().get(weight.uop)
 
     def backward(dy: Tensor, outputs: list[Tensor], inputs: list[Tensor]) -> list[Tensor | None]:
         slopes = [outputs[1]] if activation else []
@@ -575,11 +629,13 @@ def linear(
             gradients.append((dz * slopes[0] if slopes else dz).sum(axis=0))
         return [*gradients, *([None] * len(seed))]
 
-    program = linear_kernel(rows, outs, ins, bias is not None, activation, p)
-    inputs = [x.reshape(rows, ins), weight]
+    has_panels = panels is not None
+    program = linear_kernel(rows, outs, ins, bias is not None, activation, p, has_panels)
+    inputs = [x.reshape(rows, ins), weight if panels is None else panels]
     if bias is not None:
         inputs.append(bias)
-    return call(program, [*inputs, *seed], backward)[0].reshape(*x.shape[:-1], outs)
+    y = call(program, [*inputs, *seed], None if has_panels else backward)[0]
+    return y.reshape(*x.shape[:-1], outs)
 
 
 # Attention ----------------------------------------------------------------------------------------
@@ -622,23 +678,24 @@ def padding(k: Kernel, T: int, D: int) -> Array | None:
 
 
 @functools.cache
-def attention_kernel(B: int, T: int, H: int, D: int, dropout: float) -> Program:
-    """A block of queries after the other, as many as a tile has rows."""
-    k, (R, N) = Kernel("attention", B, T, H, D, dropout > 0), register_tile()
-    y, stats, qkv = k.output(B, T, H, D), k.output(2, B, H, T), k.input(B, T, 3, H, D)
-    mask, blocks = masked(k, dropout), ceil_div(T, R)
-    keys = k.output(ceil_div(blocks * R, N), D, N)
+def attention_kernel(B: int, T: int, H: int, D: int, dropout: float, first: int = 0) -> Program:
+    """A block of queries after the other, as many as a tile has rows, from `first` on."""
+    k, (R, N) = Kernel("attention", B, T, H, D, dropout > 0, first), register_tile()
+    y, stats, qkv = k.output(B, T - first, H, D), k.output(2, B, H, T), k.input(B, T, 3, H, D)
+    mask, blocks = masked(k, dropout), ceil_div(T - first, R)
+    keys = k.output(ceil_div(first + blocks * R, N), D, N)
     weights, padded = k.output(R, keys.shape[0] * N), padding(k, T, D)
     with k.loop(B) as b, k.loop(H) as h:
         at = Heads(qkv, b, h)
         at.panels(k, 1, keys)
         values = at.rows(k, 2, padded)
         with k.loop(blocks) as r:
+            row = first + r * R
 
             def query(m: UOp) -> UOp:
-                return (r * R + m).minimum(T - 1)
+                return (row + m).minimum(T - 1)
 
-            panels = (r * R + R - 1) // N + 1  # of keys, up to the one for the last query
+            panels = (row + R - 1) // N + 1  # of keys, up to the one for the last query
             with k.loop(panels) as p:
                 scores = k.product(D, lambda m, d: at(0, query(m), d), lambda d, n: keys[p, d, n])
                 with k.loop(R) as m, k.loop(N) as n:
@@ -657,13 +714,13 @@ def attention_kernel(B: int, T: int, H: int, D: int, dropout: float) -> Program:
                         weights[m, p * N + n] = mask(weights[m, p * N + n], place)
             with k.loop(ceil_div(D, N)) as p:
                 sums = k.product(
-                    (r * R + R).minimum(T),
+                    (row + R).minimum(T),
                     lambda m, t: weights[m, t],
                     lambda t, n: values(t, p * N + n),
                 )
-                with k.tile(sums, r * R, T, p * N, D) as (i, d, value):
-                    y[b, i, h, d] = value * stats[1, b, h, i]
-    return k.finish(2 * B * H * T * T * D)
+                with k.tile(sums, r * R, T - first, p * N, D) as (i, d, value):
+                    y[b, i, h, d] = value * stats[1, b, h, first + i]
+    return k.finish(2 * B * H * (T * T - first * first) * D)
 
 
 @functools.cache
@@ -738,10 +795,13 @@ def attention_gradient_kernel(B: int, T: int, H: int, D: int, dropout: float) ->
     return k.finish(5 * B * H * T * T * D)
 
 
-def attention(qkv: Tensor, n_head: int, dropout: Dropout | None = None) -> Tensor:
+def attention(
+    qkv: Tensor, n_head: int, dropout: Dropout | None = None, only_last: bool = False
+) -> Tensor:
     """Causal self-attention: softmax(q k^T / sqrt(D)) v for each head, D = C / n_head.
 
-    qkv (B, T, 3 C), with q, k, v side by side and in each of them the heads -> (B, T, C).
+    qkv (B, T, 3 C), with q, k, v side by side and in each of them the heads -> (B, T, C), or
+    (B, 1, C) of the last position, then without a gradient.
     """
     B, T, C = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
     size = (B, T, n_head, C // n_head, dropout.p if dropout else 0.0)
@@ -753,6 +813,8 @@ def attention(qkv: Tensor, n_head: int, dropout: Dropout | None = None) -> Tenso
         return [dqkv, *[None] * len(seed)]
 
     inputs = [qkv.reshape(B, T, 3, n_head, C // n_head), *seed]
+    if only_last:
+        return call(attention_kernel(*size, first=T - 1), inputs)[0].reshape(B, 1, C)
     return call(attention_kernel(*size), inputs, backward)[0].reshape(B, T, C)
 
 

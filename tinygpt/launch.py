@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
-from tinygrad import Tensor, TinyJit, UOp
+from tinygrad import TinyJit, UOp
 from tinygrad.engine.realize import get_runtime, resolve_params
 from tinygrad.helpers import DEV
 from tinygrad.uop.ops import Ops
@@ -44,9 +44,7 @@ class Launcher:
         variables: integers that change from call to call, such as a position.
     """
 
-    def __init__(
-        self, function: Callable[..., Tensor | None], device: str, variables: tuple[UOp, ...] = ()
-    ):
+    def __init__(self, function: Callable[..., Any], device: str, variables: tuple[UOp, ...] = ()):
         self.jit: Any = TinyJit(function)
         self.on_cpu = called_directly(device)
         self.variables = variables

@@ -167,21 +167,26 @@ def causal_attention(
     dropout: float = 0.0,
     qk_norm: bool = False,
     rotary: Tensor | None = None,
+    only_last: bool = False,
 ) -> Tensor:
     """Self-attention of all heads at once, each position seeing itself and the past.
 
-    qkv (B, T, 3 C): q, k and v side by side, in each of them the heads -> (B, T, C). Queries and
-    keys may be normalized first, then rotated by the angles in rotary (2, P >= T, D / 2).
+    qkv (B, T, 3 C): q, k and v side by side, in each of them the heads -> (B, T, C), or (B, 1, C)
+    of the last position alone. Queries and keys may be normalized first, then rotated by the angles
+    in rotary (2, P >= T, D / 2).
     """
     B, T, C3 = qkv.shape
     if kernels.usable(qkv):
         if qk_norm or rotary is not None:
             qkv = kernels.norm_and_rotate(qkv, n_head, qk_norm, rotary)
-        return kernels.attention(qkv, n_head, seeded_dropout(dropout, qkv.device))
+        return kernels.attention(qkv, n_head, seeded_dropout(dropout, qkv.device), only_last)
     q, k, v = split_heads(qkv, n_head)  # (B, H, T, D) each
     q, k = (norm_and_rotate(x, qk_norm, rotary) for x in (q, k))
-    y = attention(q, k, v, causal_mask(T, qkv.device), dropout)
-    return y.transpose(1, 2).reshape(B, T, C3 // 3)  # the heads side by side again
+    mask = causal_mask(T, qkv.device)
+    if only_last:
+        q, mask = q[:, :, -1:], mask[-1:]
+    y = attention(q, k, v, mask, dropout)
+    return y.transpose(1, 2).reshape(B, q.shape[2], C3 // 3)  # the heads side by side again
 
 
 def norm_and_rotate(x: Tensor, qk_norm: bool, rotary: Tensor | None) -> Tensor:
@@ -315,11 +320,12 @@ class CausalSelfAttention:
         rotary: Tensor | None = None,
         cache: Tensor | None = None,
         position: int | UOp = 0,
+        only_last: bool = False,
     ) -> Tensor:
         (B, T, C), c = x.shape, self.config
         if cache is None:
             qkv = self.c_attn(x)  # (B, T, 3 C)
-            y = causal_attention(qkv, c.n_head, c.attention_dropout, c.qk_norm, rotary)
+            y = causal_attention(qkv, c.n_head, c.attention_dropout, c.qk_norm, rotary, only_last)
         else:  # T is 1: the token at `position` looks at everything that the cache holds
             q, k, v = self.heads(x, rotary)  # (B, H, 1, D) each
             cache[:, :, :, position : position + 1].assign(Tensor.stack(k, v)).realize()
@@ -365,9 +371,8 @@ class Block:
         position: int | UOp = 0,
         only_last: bool = False,
     ) -> Tensor:
-        x = x + self.attn(self.ln_1(x), rotary, cache, position)
-        if only_last:  # of T; from here on every position is by itself
-            x = x[:, -1:].contiguous()
+        y = self.attn(self.ln_1(x), rotary, cache, position, only_last)  # (B, T or 1, C)
+        x = (x[:, -1:] if only_last else x) + y
         return x + self.mlp(self.ln_2(x))
 
 
@@ -613,6 +618,8 @@ class CachedDecoder:
     another compiled step. Both give what the model gives for the same context.
     """
 
+    PACKED = 256  # with longer blocks the time that packed weights save is not worth their memory
+
     def __init__(self, model: GPT, batch_size: int):
         self.block_size = model.config.block_size
         self.caches = model.empty_caches(batch_size)
@@ -626,15 +633,27 @@ class CachedDecoder:
         self.step = Launcher(
             lambda at: model.decode(self.last, self.caches, at).realize(), device, (position,)
         )
-        self.window = Launcher(
-            lambda: model.last_logits(self.context).contiguous().realize(), device
-        )
+        fast = kernels.usable(self.caches[0]) and self.block_size <= self.PACKED
+        self.weights = [w for w in model.parameters().values() if fast and w.ndim == 2]
+        self.pack = Launcher(lambda: [kernels.pack(w).realize() for w in self.weights], device)
+        self.packed: dict[UOp, Tensor] = {}
+        self.sliding = False
+
+        def read_context() -> Tensor:
+            with kernels.packed(self.packed):
+                return model.last_logits(self.context).contiguous().realize()
+
+        self.window = Launcher(read_context, device)
 
     def __call__(self, tokens: Tokens) -> NDArray[np.float32]:
         n_tokens = tokens.shape[1]
         if n_tokens > self.block_size:
+            if self.weights and not self.sliding:  # since another text they may have changed
+                self.packed = dict(zip((w.uop for w in self.weights), self.pack(), strict=True))
+            self.sliding = True
             write(self.context, tokens[:, -self.block_size :])
             return read(self.window())
+        self.sliding = False
         if n_tokens <= self.cached:  # another text has begun
             self.cached = 0
         for i in range(self.cached, n_tokens):

@@ -35,10 +35,13 @@ def reference_text(p: dict[str, Array], uniforms: Array, **options: float | int)
 @pytest.mark.parametrize("config", [FULL, MODERN], ids=["GPT-2", "modern"])
 def test_cached_logits(config: GPTConfig) -> None:
     """Token by token the cache gives what the whole context gives, and so does the window that
-    slides past block_size; then another text begins."""
+    slides past block_size; then other texts begin, the last one after the weights have changed."""
     model, p = build(config)
     decoder = model.decoder(B)
-    for seed, longest in [(1, T + 3), (2, 2)]:
+    for seed, longest in [(1, T + 3), (2, 2), (3, T + 2)]:
+        if seed == 3:
+            p = build(config, seed)[1]
+            load(model, p)
         text = np.random.default_rng(seed).integers(
             config.vocab_size, size=(B, longest), dtype=np.int32
         )
