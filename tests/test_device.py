@@ -412,6 +412,11 @@ def fake_opencl(*kinds: str) -> str:
     return f"KINDS = {kinds}{FAKE_OPENCL}"
 
 
+OPENED = """
+from tinygrad import Device
+open_device = type(Device).__getitem__
+type(Device).__getitem__ = lambda _, name: name == "CL" or open_device(Device, name)
+"""
 SEE_DEFAULT = PREPARE + "print(os.environ['DEV'], repr(device.DEV), device.Device._opened_devices)"
 
 
@@ -429,7 +434,18 @@ def test_opencl_on_a_real_device_is_left_to_tinygrad(
     machine: Machine, tmp_path: Path, kinds: tuple[str, ...]
 ) -> None:
     make_program(tmp_path / "bin" / "clang", "19 1 7")
-    assert printed(machine(fake_opencl(*kinds) + SEE_DEFAULT, DEV="")) == ["  set()"]
+    assert printed(machine(fake_opencl(*kinds) + OPENED + SEE_DEFAULT, DEV="")) == ["  set()"]
+
+
+def test_no_driver_is_loaded_for_a_gpu_that_is_not_there(machine: Machine) -> None:
+    """That takes longer than all the rest of an import; and none that is there is passed over."""
+    absent = [name for name in ALL_DEVICES if device._absent(name)]
+    assert not set(absent) & set(available_devices())
+    names = [f"tinygrad.runtime.ops_{name.lower()}" for name in absent]
+    run = machine(PREPARE + f"print([name for name in {names} if name in sys.modules])", DEV="")
+    assert printed(run) == ["[]"]
+    if Path("/proc/version").exists() and available_devices()[0] == "CPU":
+        assert {"AMD", "NV"} <= set(absent)
 
 
 WIDE = "x86_64,native,prefer-vector-width=512"

@@ -40,6 +40,10 @@ finally:
 ALIASES = {"GPU": "CL"}
 STORAGE = {"DISK", "NPY", "RDMA", "TINYFS"}  # devices of tinygrad that hold data and never compute
 WIDE_VECTORS = "x86_64,native,prefer-vector-width=512"  # as tinygrad's DEV names an architecture
+GPUS = {  # what their drivers look for: a file, or vendors on PCI and, behind USB bridges, on USB
+    "AMD": ("/dev/kfd", {"0x1002", "add1", "3801"}),
+    "NV": ("/dev/nvidiactl", {"0x10de"}),
+}
 NEEDS_CLANG = "it needs clang: pip install ziglang, or install clang, or set CC to a clang"
 
 
@@ -79,11 +83,7 @@ def _prepare() -> None:
         )
     if not compiler and (DEV.device or _default()) == "CPU":
         raise _unavailable(repr(DEV) or "CPU", NEEDS_CLANG)
-    if compiler and not DEV.device and _opencl_is_a_cpu():
-        before = ALL_DEVICES[: ALL_DEVICES.index("CL")]  # what tinygrad prefers to OpenCL
-        if not any(_opens(name) for name in before):
-            _use(_parse("CPU"))
-    if compiler and compiler.avx512 and not DEV.device and _default() == "CPU":
+    if compiler and not DEV.device and _no_gpu():
         _use(_parse("CPU"))
 
 
@@ -184,6 +184,25 @@ def _default() -> str:
         raise InputError(str(error)) from None
 
 
+def _no_gpu() -> bool:
+    """Whether no device opens that tinygrad prefers to the CPU, but for an OpenCL that is one."""
+    for name in ALL_DEVICES[: ALL_DEVICES.index("CPU")]:
+        if not (_absent(name) or (name == "CL" and _opencl_is_a_cpu())) and _opens(name):
+            return False
+    return True
+
+
+def _absent(name: str) -> bool:
+    """Whether Linux knows of no such GPU. To load tinygrad's driver and hear it say so takes half a
+    second for NVIDIA's and a quarter for AMD's."""
+    if name not in GPUS or sys.platform != "linux" or {"MOCKGPU", "REMOTE"} & set(os.environ):
+        return False
+    node, vendors = GPUS[name]
+    buses = [Path("/sys/bus/pci/devices"), Path("/sys/bus/usb/devices")]
+    files = [f for bus in buses for f in (*bus.glob("*/vendor"), *bus.glob("*/idVendor"))]
+    return not Path(node).exists() and not vendors & {f.read_text().strip() for f in files}
+
+
 def _opens(name: str) -> bool:
     try:
         Device[name]
@@ -275,7 +294,8 @@ def _newest_clang() -> Compiler | None:
     """The newest of `clang` and `clang-NN` on PATH. On macOS `clang`: Xcode counts differently."""
     programs = [clang] if (clang := shutil.which("clang")) else []
     if sys.platform != "darwin":
-        for folder in os.get_exec_path():
+        folders = dict.fromkeys(os.path.realpath(folder) for folder in os.get_exec_path())
+        for folder in folders:  # on many systems /bin is /usr/bin
             programs += [str(path) for path in sorted(Path(folder).glob("clang-[0-9]*"))]
     with ThreadPoolExecutor() as pool:
         found = [compiler for compiler in pool.map(_clang, programs) if compiler]
