@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -214,10 +215,10 @@ Spans = dict[Group, tuple[int, int]]
 
 
 def shares(memory: Memory, groups: dict[str, Group], cores: int) -> list[tuple[Spans, list[str]]]:
-    """What each core updates: an equal stretch of the memory that AdamW updates, cut where one
-    group of parameters ends, and the names of Muon's matrices.
+    """What each core updates: an equal stretch of every group that AdamW updates, and the names of
+    Muon's matrices, which go, the costliest first, to the core that has least to do.
 
-    The matrices go, the costliest first, to the core that has least to do.
+    Stretches are as long on every core, as far as that goes: they share the kernels.
     """
     costs = {
         n: orthogonalize_cost(n, memory.shapes[n]) for n, g in groups.items() if g.orthogonalized
@@ -230,15 +231,11 @@ def shares(memory: Memory, groups: dict[str, Group], cores: int) -> list[tuple[S
     for name, offset in memory.offsets.items():
         if name not in costs:
             starts.setdefault(groups[name], offset)
-    size = len(memory.array)
-    ends = [*list(starts.values())[1:], size]
-    first = min(starts.values(), default=size)
-    bounds = [first + (size - first) * i // cores // ALIGNMENT * ALIGNMENT for i in range(cores)]
-    found = []
-    for start, end, own in zip(bounds, [*bounds[1:], size], names, strict=True):
-        spans = {
-            group: (max(start, group_start), min(end, group_end))
-            for (group, group_start), group_end in zip(starts.items(), ends, strict=True)
-        }
-        found.append(({g: s for g, s in spans.items() if s[0] < s[1]}, own))
-    return found
+    ends = [*list(starts.values())[1:], len(memory.array)]
+    spans: list[Spans] = [{} for _ in range(cores)]
+    for (group, start), end in zip(starts.items(), ends, strict=True):
+        bounds = [start + (end - start) * i // cores // ALIGNMENT * ALIGNMENT for i in range(cores)]
+        for core, span in enumerate(pairwise([*bounds, end])):
+            if span[0] < span[1]:
+                spans[core][group] = span
+    return list(zip(spans, names, strict=True))

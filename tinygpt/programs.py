@@ -12,6 +12,7 @@ this process lowers one kernel after the other, while clang compiles those befor
 from __future__ import annotations
 
 import copy
+import importlib
 import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,7 +22,7 @@ from typing import Any
 
 from tinygrad import Context, UOp, codegen
 from tinygrad.engine import realize, worker
-from tinygrad.helpers import diskcache_get, diskcache_put
+from tinygrad.helpers import DEV, diskcache_get, diskcache_put
 from tinygrad.renderer import Renderer
 from tinygrad.renderer.cstyle import ClangRenderer
 from tinygrad.uop.ops import Ops
@@ -111,4 +112,7 @@ def while_clang_compiles(tasks: list[Task]) -> Iterator[tuple[int, UOp]]:
 
 def install() -> None:
     codegen.to_program_cache = realize.to_program_cache = ProgramCache()
+    if DEV.device == "CPU":  # to open it, tinygrad lowers four programs
+        ops_cpu = importlib.import_module("tinygrad.runtime.ops_cpu")
+        ops_cpu.do_to_program = codegen.to_program  # type: ignore[attr-defined]
     realize.get_worker_pool = Pool
