@@ -173,6 +173,21 @@ def test_packed_weights(rows: int, outs: int, ins: int, activation: Activation |
     np.testing.assert_array_equal(one_row, kernels.linear(x[:1], weight, bias, activation).numpy())
 
 
+def test_gradients_into_memory() -> None:
+    """A weight's gradient is where it was wanted, and is the gradient; the others are anywhere."""
+    x, weight, other = (random(*shape) for shape in ((9, 7), (5, 7), (3, 5)))
+    first, second, third = tensors = [tensor(a).realize() for a in (x, weight, other)]
+    place = Tensor.full((5, 7), 9.0).contiguous().realize()
+    with kernels.gradients_into({second.uop: place}):
+        y = kernels.linear(kernels.linear(first, second), third)
+        gradients = (y * tensor(upstream(9, 3))).sum().gradient(*tensors)
+    Tensor.realize(*gradients)
+    dh, dother, _ = ref.linear_backward(upstream(9, 3), ref.linear(x, weight), other)
+    dx, dweight, _ = ref.linear_backward(dh, x, weight)
+    for got, expected in zip([*gradients, place], [dx, dweight, dother, dweight], strict=True):
+        assert_close("gradient", got, expected, 16 + np.sqrt(9))
+
+
 @pytest.mark.parametrize("activation", FORWARD)
 def test_activations_over_their_whole_range(activation: Activation) -> None:
     """Value and slope, each to a few roundings of 1, or of the value where that is larger.

@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tinygrad import Context, Tensor, dtypes
 
+from tinygpt import kernels
 from tinygpt.checkpoint import training_state
 from tinygpt.config import RunConfig, TrainConfig
 from tinygpt.launch import Launcher
@@ -169,11 +170,15 @@ class ParallelTrainer:
 
         @Context(TRAINING=1)
         def gradients() -> None:
-            with dropout_seed(seed):
+            places = {p.uop: stored[n] for n, p in parameters.items() if n.startswith("h.")}
+            with dropout_seed(seed), kernels.gradients_into(places):
                 value = self.model(x, y)[1]
-            assert value is not None
-            new = value.gradient(*parameters.values())
-            stores = [stored[n].assign(g) for n, g in zip(parameters, new, strict=True)]
+                assert value is not None
+                new = value.gradient(*parameters.values())
+            stores = [
+                g if stored[n].uop in g.uop.src[:1] else stored[n].assign(g)  # some are in place
+                for n, g in zip(parameters, new, strict=True)
+            ]
             Tensor.realize(loss.assign(value.reshape(1)), *stores)
 
         def evaluation() -> None:
