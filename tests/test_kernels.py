@@ -273,6 +273,16 @@ def test_attention_never_looks_ahead() -> None:
     assert (gradient[:, seen:] == 0).all() and (gradient[:, :seen] != 0).any()
 
 
+def test_long_indices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As for arrays of 2^31 numbers, here with sizes that no other test has."""
+    kernel = kernels.Kernel
+    monkeypatch.setattr(kernels, "Kernel", lambda *sizes, largest=0: kernel(*sizes, largest=2**31))
+    program = kernels.linear_kernel(11, 37, 19, False, None, 0.0, False)
+    assert any(u.dtype == dtypes.long for u in program.kernel.toposort())
+    check_linear(11, 37, 19)
+    check_attention(2, 13, 2, 3, Dropout(SEED, 0.2))
+
+
 def test_attention_with_extreme_scores() -> None:
     """exp must not overflow: the largest score of a row takes all the weight."""
     qkv = 300 * random(1, 20, 24)

@@ -75,9 +75,8 @@ class Array:
         self.kernel, self.memory, self.shape, self.constant = kernel, memory, shape, constant
 
     def __getitem__(self, index: Indices) -> UOp:
-        offset = UOp.const(0)
-        indices = index if isinstance(index, tuple) else (index,)
-        for size, i in zip(self.shape, indices, strict=True):
+        offset, *others = index if isinstance(index, tuple) else (index,)
+        for size, i in zip(self.shape[1:], others, strict=True):
             offset = offset * size + i
         place: UOp = (self.memory if self.constant else self.kernel.now(self.memory))[offset]
         return place
@@ -96,10 +95,14 @@ class Kernel:
 
     tinygrad's UOps are a graph, without order but for what a node names as its sources. So each
     load and store names the store before it, `last`, and the loops entered since.
+
+    Indices are int, or long where an array or `largest` is too long for it. tinygrad could find
+    that out by itself, but a kernel would take half as long again to lower.
     """
 
-    def __init__(self, name: str, *sizes: int):
+    def __init__(self, name: str, *sizes: int, largest: int = 0):
         self.name = "_".join([name, *map(str, map(int, sizes))])
+        self.largest = largest  # number that an index is computed from
         self.last: UOp | None = None
         self.entered: list[UOp] = []
         self.arguments: list[tuple[int, ...] | None] = []
@@ -113,15 +116,20 @@ class Kernel:
         self.last, self.entered = effect, []
 
     def input(self, *shape: int, dtype: DType = dtypes.float) -> Array:
-        memory = UOp.placeholder((math.prod(shape),), dtype, len(self.arguments))
-        self.arguments.append(None)
-        return Array(self, memory, shape, constant=True)
+        return Array(self, self._argument(shape, dtype, None), shape, constant=True)
 
     def output(self, *shape: int) -> Array:
         """What the kernel writes, scratch memory too: the C stack is small in threads."""
-        memory = UOp.placeholder((math.prod(shape),), dtypes.float, len(self.arguments))
-        self.arguments.append(shape)
-        return Array(self, memory, shape)
+        return Array(self, self._argument(shape, dtypes.float, shape), shape)
+
+    def _argument(
+        self, shape: tuple[int, ...], dtype: DType, output: tuple[int, ...] | None
+    ) -> UOp:
+        size, number = math.prod(shape), len(self.arguments)
+        self.largest = max(self.largest, size)
+        self.arguments.append(output)
+        memory: UOp = UOp.placeholder((size,), dtype, number)
+        return memory
 
     def array(self, *shape: int, dtype: DType = dtypes.float) -> Array:
         """On the C stack; what is small enough ends up in registers."""
@@ -131,15 +139,15 @@ class Kernel:
     @contextmanager
     def loop(self, count: Index) -> Iterator[UOp]:
         """Runs its body for 0 to count - 1. A count that is computed must be below 65536."""
-        count = simplified(count)
+        count, dtype = simplified(count), dtypes.int if self.largest < 2**31 else dtypes.long
         if isinstance(count, UOp):
             # tinygrad cannot end a loop whose bound depends on an outer loop. So the bound passes
             # through memory, by a load that names no store: as long as it is loaded nowhere else,
             # tinygrad writes the load where it is used, into the loop's head.
             bound = self.array(1, dtype=dtypes.uint16)
             bound[0] = count.cast(dtypes.uint16)
-            count = bound.memory[UOp.const(0)].cast(dtypes.weakint)
-        index = UOp.range(count, self._id())
+            count = bound.memory[UOp.const(0)].cast(dtype)
+        index = UOp.range(count, self._id(), dtype=dtype)
         self.entered.append(index)
         yield index
         assert self.last is not None
@@ -700,7 +708,8 @@ def padding(k: Kernel, T: int, D: int) -> Array | None:
 @functools.cache
 def attention_kernel(B: int, T: int, H: int, D: int, dropout: float, first: int = 0) -> Program:
     """A block of queries after the other, as many as a tile has rows, from `first` on."""
-    k, (R, N) = Kernel("attention", B, T, H, D, dropout > 0, first), register_tile()
+    k = Kernel("attention", B, T, H, D, dropout > 0, first, largest=B * H * T * T)
+    R, N = register_tile()
     y, stats, qkv = k.output(B, T - first, H, D), k.output(2, B, H, T), k.input(B, T, 3, H, D)
     mask, blocks = masked(k, dropout), ceil_div(T - first, R)
     keys = k.output(ceil_div(first + blocks * R, N), D, N)
@@ -749,7 +758,8 @@ def attention_gradient_kernel(B: int, T: int, H: int, D: int, dropout: float) ->
 
     dq = dS k, dk = dS^T q, dv = P^T dy.
     """
-    k, (R, N) = Kernel("attention_d", B, T, H, D, dropout > 0), register_tile()
+    k = Kernel("attention_d", B, T, H, D, dropout > 0, largest=B * H * T * T)
+    R, N = register_tile()
     dqkv, dys, y = k.output(B, T, 3, H, D), k.input(B, T, 1, H, D), k.input(B, T, 1, H, D)
     stats, qkv = k.input(2, B, H, T), k.input(B, T, 3, H, D)
     mask, blocks = masked(k, dropout), ceil_div(T, R)
@@ -1023,7 +1033,6 @@ def cross_entropy_gradient_kernel(rows: int, V: int) -> Program:
 
 def token(number: UOp, V: int) -> tuple[UOp, UOp]:
     """A token as an index that is inside the vocabulary, and whether it was."""
-    number = number.cast(dtypes.weakint)
     return number.maximum(0).minimum(V - 1), (number >= 0) & (number < V)
 
 
