@@ -604,7 +604,7 @@ _panels: ContextVar[Mapping[UOp, Tensor]] = ContextVar("panels", default=Mapping
 def packed(panels: Mapping[UOp, Tensor]) -> Iterator[None]:
     """Inside, `linear` takes panels[weight.uop] in place of a weight, and has no gradient.
 
-    It saves copying weights at each use: a third of a product of 64 rows.
+    It saves copying weights at each use: a quarter of the time of a product of 64 rows.
     """
     token = _panels.set(panels)
     try:
@@ -619,7 +619,7 @@ _places: ContextVar[Mapping[UOp, Tensor]] = ContextVar("places", default=Mapping
 @contextmanager
 def gradients_into(places: Mapping[UOp, Tensor]) -> Iterator[None]:
     """Inside, `linear` writes the gradient of a weight into places[weight.uop], which is then the
-    gradient itself. For weights that are used once. A copy of all gradients takes 0.6 ms.
+    gradient itself. For weights that are used once. To copy them all takes 2% of a step.
     """
     token = _places.set(places)
     try:
