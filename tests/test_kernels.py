@@ -165,7 +165,7 @@ def test_packed_weights(rows: int, outs: int, ins: int, activation: Activation |
     expected = kernels.linear(x, weight, bias, activation).numpy()
     panels = kernels.pack(weight).realize()
     weight.assign(weight + 1).realize()
-    with kernels.packed({weight.uop: panels}):
+    with kernels.inference({weight.uop: panels}):
         got = kernels.linear(x, weight, bias, activation).numpy()
         one_row = kernels.linear(x[:1], weight, bias, activation).numpy()  # takes the weight itself
     np.testing.assert_array_equal(got, expected)
@@ -277,7 +277,7 @@ def test_long_indices(monkeypatch: pytest.MonkeyPatch) -> None:
     """As for arrays of 2^31 numbers, here with sizes that no other test has."""
     kernel = kernels.Kernel
     monkeypatch.setattr(kernels, "Kernel", lambda *sizes, largest=0: kernel(*sizes, largest=2**31))
-    program = kernels.linear_kernel(11, 37, 19, False, None, 0.0, False)
+    program = kernels.linear_kernel(11, 37, 19, False, None, 0.0, False, False)
     assert any(u.dtype == dtypes.long for u in program.kernel.toposort())
     check_linear(11, 37, 19)
     check_attention(2, 13, 2, 3, Dropout(SEED, 0.2))

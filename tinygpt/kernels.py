@@ -529,13 +529,14 @@ def linear_kernel(
     activation: Activation | None,
     dropout: float,
     packed: bool,
+    with_slopes: bool,
 ) -> Program:
-    """With packed weights without slopes, which only gradients need."""
-    k = Kernel(f"linear_{activation}" + "_packed" * packed, rows, outs, ins, bias, dropout > 0)
+    """Slopes of the activation are what gradients need."""
+    k = Kernel(f"linear_{activation}", rows, outs, ins, bias, dropout > 0, packed, with_slopes)
     y, x = k.output(rows, outs), k.input(rows, ins)
     weight = k.input(*panels_of(outs, ins)) if packed else k.input(outs, ins)
     biases = k.input(outs) if bias else None
-    slopes = k.output(rows, outs) if activation and not packed else None
+    slopes = k.output(rows, outs) if with_slopes else None
     mask = masked(k, dropout)
 
     def finish(m: UOp, n: UOp, value: UOp) -> UOp:
@@ -592,25 +593,24 @@ def pack_kernel(outs: int, ins: int) -> Program:
 
 
 def pack(weight: Tensor) -> Tensor:
-    """A weight (out, in) in the order in which products read it, for `packed`."""
+    """A weight (out, in) in the order in which products read it, for `inference`."""
     outs, ins = (int(n) for n in weight.shape)
     return call(pack_kernel(outs, ins), [weight])[0]
 
 
-_panels: ContextVar[Mapping[UOp, Tensor]] = ContextVar("panels", default=MappingProxyType({}))
+_packed: ContextVar[Mapping[UOp, Tensor] | None] = ContextVar("packed", default=None)
 
 
 @contextmanager
-def packed(panels: Mapping[UOp, Tensor]) -> Iterator[None]:
-    """Inside, `linear` takes panels[weight.uop] in place of a weight, and has no gradient.
-
-    It saves copying weights at each use: a quarter of the time of a product of 64 rows.
+def inference(packed: Mapping[UOp, Tensor]) -> Iterator[None]:
+    """Inside, `linear` has no gradient, and takes packed[weight.uop] in place of a weight, if it is
+    there. To copy weights at each use takes a quarter of the time of a product of 64 rows.
     """
-    token = _panels.set(panels)
+    token = _packed.set(packed)
     try:
         yield
     finally:
-        _panels.reset(token)
+        _packed.reset(token)
 
 
 _places: ContextVar[Mapping[UOp, Tensor]] = ContextVar("places", default=MappingProxyType({}))
@@ -642,7 +642,8 @@ def linear(
     outs, ins = (int(n) for n in weight.shape)
     rows, p = int(x.numel()) // ins, dropout.p if dropout else 0.0
     seed = [dropout.seed] if dropout else []
-    panels = None if rows < FEW_ROWS else _panels.get().get(weight.uop)
+    packed = _packed.get()
+    panels = None if packed is None or rows < FEW_ROWS else packed.get(weight.uop)
     place = _places.get().get(weight.uop)
 
     def backward(dy: Tensor, outputs: list[Tensor], inputs: list[Tensor]) -> list[Tensor | None]:
@@ -657,12 +658,13 @@ def linear(
             gradients.append((dz * slopes[0] if slopes else dz).sum(axis=0))
         return [*gradients, *([None] * len(seed))]
 
-    has_panels = panels is not None
-    program = linear_kernel(rows, outs, ins, bias is not None, activation, p, has_panels)
+    with_slopes = packed is None and activation is not None
+    options = bias is not None, activation, p, panels is not None, with_slopes
     inputs = [x.reshape(rows, ins), weight if panels is None else panels]
     if bias is not None:
         inputs.append(bias)
-    y = call(program, [*inputs, *seed], None if has_panels else backward)[0]
+    program = linear_kernel(rows, outs, ins, *options)
+    y = call(program, [*inputs, *seed], backward if packed is None else None)[0]
     return y.reshape(*x.shape[:-1], outs)
 
 

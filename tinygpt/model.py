@@ -640,7 +640,7 @@ class CachedDecoder:
         self.sliding = False
 
         def read_context() -> Tensor:
-            with kernels.packed(self.packed):
+            with kernels.inference(self.packed):
                 return model.last_logits(self.context).contiguous().realize()
 
         self.window = Launcher(read_context, device)
