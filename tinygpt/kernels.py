@@ -604,7 +604,8 @@ _packed: ContextVar[Mapping[UOp, Tensor] | None] = ContextVar("packed", default=
 @contextmanager
 def inference(packed: Mapping[UOp, Tensor]) -> Iterator[None]:
     """Inside, `linear` has no gradient, and takes packed[weight.uop] in place of a weight, if it is
-    there. To copy weights at each use takes a quarter of the time of a product of 64 rows.
+    there. To copy weights at each use takes a quarter of the time of a product of 64 rows, to store
+    an activation's slopes a sixth of one of 1024 rows and 1536 columns.
     """
     token = _packed.set(packed)
     try:
