@@ -444,8 +444,22 @@ def test_no_driver_is_loaded_for_a_gpu_that_is_not_there(machine: Machine) -> No
     names = [f"tinygrad.runtime.ops_{name.lower()}" for name in absent]
     run = machine(PREPARE + f"print([name for name in {names} if name in sys.modules])", DEV="")
     assert printed(run) == ["[]"]
-    if Path("/proc/version").exists() and available_devices()[0] == "CPU":
-        assert {"AMD", "NV"} <= set(absent)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no /sys")
+def test_a_gpu_is_absent_without_node_and_vendor(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for variable in ("MOCKGPU", "REMOTE"):
+        monkeypatch.delenv(variable, raising=False)
+    node = tmp_path / "node"
+    monkeypatch.setattr(device, "GPUS", {"NV": (str(node), {"no vendor's number"})})
+    assert device._absent("NV") and not device._absent("CL")  # of CL nothing is known
+    node.touch()
+    assert not device._absent("NV")
+    node.unlink()
+    monkeypatch.setenv("REMOTE", "another machine")
+    assert not device._absent("NV")
 
 
 WIDE = "x86_64,native,prefer-vector-width=512"
