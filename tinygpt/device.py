@@ -199,8 +199,11 @@ def _absent(name: str) -> bool:
         return False
     node, vendors = GPUS[name]
     buses = [Path("/sys/bus/pci/devices"), Path("/sys/bus/usb/devices")]
-    files = [f for bus in buses for f in (*bus.glob("*/vendor"), *bus.glob("*/idVendor"))]
-    return not Path(node).exists() and not vendors & {f.read_text().strip() for f in files}
+    try:
+        files = [f for bus in buses for f in (*bus.glob("*/vendor"), *bus.glob("*/idVendor"))]
+        return not Path(node).exists() and not vendors & {f.read_text().strip() for f in files}
+    except OSError:  # not everything may be read: the driver will know
+        return False
 
 
 def _opens(name: str) -> bool:
