@@ -281,6 +281,8 @@ def test_long_indices(monkeypatch: pytest.MonkeyPatch) -> None:
     assert any(u.dtype == dtypes.long for u in program.kernel.toposort())
     check_linear(11, 37, 19)
     check_attention(2, 13, 2, 3, Dropout(SEED, 0.2))
+    table, idx = random(11, 13), [[3, 10], [0, 3]]  # numbers that become indices
+    assert_close("rows", kernels.embedding(integers(idx), tensor(table)), table[np.array(idx)], 0)
 
 
 def test_attention_with_extreme_scores() -> None:

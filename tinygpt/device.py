@@ -198,9 +198,9 @@ def _absent(name: str) -> bool:
     if name not in GPUS or sys.platform != "linux" or {"MOCKGPU", "REMOTE"} & set(os.environ):
         return False
     node, vendors = GPUS[name]
-    buses = [Path("/sys/bus/pci/devices"), Path("/sys/bus/usb/devices")]
+    bus = Path("/sys/bus")
     try:
-        files = [f for bus in buses for f in (*bus.glob("*/vendor"), *bus.glob("*/idVendor"))]
+        files = [*bus.glob("pci/devices/*/vendor"), *bus.glob("usb/devices/*/idVendor")]
         return not Path(node).exists() and not vendors & {f.read_text().strip() for f in files}
     except OSError:  # not everything may be read: the driver will know
         return False

@@ -19,7 +19,7 @@ import functools
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from types import MappingProxyType
 from typing import NamedTuple, TypeVar, cast
@@ -36,6 +36,7 @@ Value = UOp | float
 Index = UOp | int
 Indices = Index | tuple[Index, ...]
 Binary = Callable[[UOp, UOp], UOp]
+Setting = TypeVar("Setting")
 
 # The switch ---------------------------------------------------------------------------------------
 
@@ -43,13 +44,18 @@ _allowed = ContextVar("tinygpt_kernels", default=True)
 
 
 @contextmanager
-def off() -> Iterator[None]:
-    """Inside, `usable` is False and the plain code runs, in this thread."""
-    token = _allowed.set(False)
+def setting(variable: ContextVar[Setting], value: Setting) -> Iterator[None]:
+    """Inside, the variable has this value, in this thread."""
+    token = variable.set(value)
     try:
         yield
     finally:
-        _allowed.reset(token)
+        variable.reset(token)
+
+
+def off() -> AbstractContextManager[None]:
+    """Inside, `usable` is False and the plain code runs, in this thread."""
+    return setting(_allowed, False)
 
 
 def usable(x: Tensor) -> bool:
@@ -97,7 +103,7 @@ class Kernel:
     load and store names the store before it, `last`, and the loops entered since.
 
     Indices are int, or long where an array or `largest` is too long for it. tinygrad could find
-    that out by itself, but a kernel would take half as long again to lower.
+    that out by itself, but a kernel would take a quarter longer to lower.
     """
 
     def __init__(self, name: str, *sizes: int, largest: int = 0):
@@ -136,10 +142,14 @@ class Kernel:
         memory = UOp.placeholder((math.prod(shape),), dtype, self._id(), addrspace=AddrSpace.REG)
         return Array(self, memory, shape)
 
+    @property
+    def index_type(self) -> DType:
+        return dtypes.int if self.largest < 2**31 else dtypes.long
+
     @contextmanager
     def loop(self, count: Index) -> Iterator[UOp]:
         """Runs its body for 0 to count - 1. A count that is computed must be below 65536."""
-        count, dtype = simplified(count), dtypes.int if self.largest < 2**31 else dtypes.long
+        count, dtype = simplified(count), self.index_type
         if isinstance(count, UOp):
             # tinygrad cannot end a loop whose bound depends on an outer loop. So the bound passes
             # through memory, by a load that names no store: as long as it is loaded nowhere else,
@@ -420,8 +430,8 @@ def masked(k: Kernel, dropout: float) -> Callable[[UOp, UOp], UOp]:
 
 # Linear layers ------------------------------------------------------------------------------------
 
-# A panel of this depth, and as many rows of the left matrix, stay in the first-level cache. More
-# rows would read panels less often, and wait for the memory of wide results: 0.68 instead of 0.74
+# A panel of this depth stays in the first-level cache, with most of a block of so many rows. More
+# rows would read panels less often, and wait for the memory of wide results: 0.67 instead of 0.72
 # of the roofline with 1536 columns. A copied left matrix is read from the second-level cache.
 DEPTH, ROWS, COPIED_ROWS = 256, 32, 128
 FEW_ROWS = 4  # with fewer, a token at a time as in generation, copying weights would take longest
@@ -601,32 +611,22 @@ def pack(weight: Tensor) -> Tensor:
 _packed: ContextVar[Mapping[UOp, Tensor] | None] = ContextVar("packed", default=None)
 
 
-@contextmanager
-def inference(packed: Mapping[UOp, Tensor]) -> Iterator[None]:
+def inference(packed: Mapping[UOp, Tensor]) -> AbstractContextManager[None]:
     """Inside, `linear` has no gradient, and takes packed[weight.uop] in place of a weight, if it is
     there. To copy weights at each use takes a quarter of the time of a product of 64 rows, to store
     an activation's slopes a sixth of one of 1024 rows and 1536 columns.
     """
-    token = _packed.set(packed)
-    try:
-        yield
-    finally:
-        _packed.reset(token)
+    return setting(_packed, packed)
 
 
 _places: ContextVar[Mapping[UOp, Tensor]] = ContextVar("places", default=MappingProxyType({}))
 
 
-@contextmanager
-def gradients_into(places: Mapping[UOp, Tensor]) -> Iterator[None]:
+def gradients_into(places: Mapping[UOp, Tensor]) -> AbstractContextManager[None]:
     """Inside, `linear` writes the gradient of a weight into places[weight.uop], which is then the
     gradient itself. For weights that are used once. To copy them all takes 2% of a step.
     """
-    token = _places.set(places)
-    try:
-        yield
-    finally:
-        _places.reset(token)
+    return setting(_places, places)
 
 
 def linear(
@@ -1014,7 +1014,7 @@ def cross_entropy_kernel(rows: int, V: int) -> Program:
         total = k.sum(V, lambda v: exp2((logits[i, v] - top) * LOG2_E))
         stats[0, i] = top
         stats[1, i] = 1.0 / total
-        target, is_token = token(targets[i], V)
+        target, is_token = token(k, targets[i], V)
         losses[i] = is_token.where(total.log2() * math.log(2) + top - logits[i, target], 0.0)
     loss[0] = k.sum(rows, lambda i: losses[i]) * (1 / rows)
     return k.finish(12 * rows * V)
@@ -1027,15 +1027,16 @@ def cross_entropy_gradient_kernel(rows: int, V: int) -> Program:
     dloss, stats, logits = k.input(1), k.input(2, rows), k.input(rows, V)
     targets = k.input(rows, dtype=dtypes.int)
     with k.loop(rows) as i, k.loop(V) as v:
-        target, is_token = token(targets[i], V)
+        target, is_token = token(k, targets[i], V)
         p = exp2((logits[i, v] - stats[0, i]) * LOG2_E) * stats[1, i]
         slope = (p - v.eq(target).where(1.0, 0.0)) * dloss[0] * (1 / rows)
         dlogits[i, v] = is_token.where(slope, 0.0)
     return k.finish(12 * rows * V)
 
 
-def token(number: UOp, V: int) -> tuple[UOp, UOp]:
+def token(k: Kernel, number: UOp, V: int) -> tuple[UOp, UOp]:
     """A token as an index that is inside the vocabulary, and whether it was."""
+    number = number.cast(k.index_type)
     return number.maximum(0).minimum(V - 1), (number >= 0) & (number < V)
 
 
@@ -1061,7 +1062,7 @@ def embedding_kernel(B: int, T: int, C: int, V: int, positions: int) -> Program:
     x, idx = k.output(B, T, C), k.input(B, T, dtype=dtypes.int)
     wte, wpe = k.input(V, C), k.input(positions, C) if positions else None
     with k.loop(B) as b, k.loop(T) as t, k.loop(C) as c:
-        row = wte[token(idx[b, t], V)[0], c]
+        row = wte[token(k, idx[b, t], V)[0], c]
         x[b, t, c] = row + wpe[t, c] if wpe else row
     return k.finish(B * T * C)
 
@@ -1077,7 +1078,7 @@ def embedding_gradient_kernel(B: int, T: int, C: int, V: int, positions: int) ->
         with k.loop(positions) as t, k.loop(C) as c:
             dwpe[t, c] = 0.0
     with k.loop(B) as b, k.loop(T) as t, k.loop(C) as c:
-        dwte[token(idx[b, t], V)[0], c] += dx[b, t, c]
+        dwte[token(k, idx[b, t], V)[0], c] += dx[b, t, c]
         if dwpe:
             dwpe[t, c] += dx[b, t, c]
     return k.finish(2 * B * T * C)

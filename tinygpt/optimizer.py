@@ -11,6 +11,7 @@ from tinygrad import Tensor
 
 from tinygpt import kernels
 from tinygpt.config import TrainConfig
+from tinygpt.model import is_inner
 
 EPS = 1e-8  # AdamW's, inside float32's range after the square root
 NEWTON_SCHULZ = 3.4445, -4.7750, 2.0315  # Jordan's polynomial, made to reach 1 fast, not exactly
@@ -80,8 +81,7 @@ def group_of(name: str, parameter: Tensor, config: TrainConfig) -> Group:
     rate = own_rates.get(name.split(".")[0], "learning_rate")
     if getattr(config, rate) is None:
         rate = "learning_rate"
-    is_inner = is_matrix and name.startswith("h.")
-    return Group(config.optimizer == "muon" and is_inner, rate, is_matrix)
+    return Group(config.optimizer == "muon" and is_inner(name, parameter), rate, is_matrix)
 
 
 Moments = dict[str, Tensor]

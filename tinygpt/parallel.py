@@ -25,7 +25,7 @@ from tinygpt import kernels
 from tinygpt.checkpoint import training_state
 from tinygpt.config import RunConfig, TrainConfig
 from tinygpt.launch import Launcher
-from tinygpt.model import build_model, cross_entropy, dropout_seed
+from tinygpt.model import build_model, cross_entropy, dropout_seed, is_inner
 from tinygpt.optimizer import (
     Group,
     Optimizer,
@@ -170,7 +170,7 @@ class ParallelTrainer:
 
         @Context(TRAINING=1)
         def gradients() -> None:
-            places = {p.uop: stored[n] for n, p in parameters.items() if n.startswith("h.")}
+            places = {p.uop: stored[n] for n, p in parameters.items() if is_inner(n, p)}
             with dropout_seed(seed), kernels.gradients_into(places):
                 value = self.model(x, y)[1]
                 assert value is not None
